@@ -1,0 +1,28 @@
+"""Preference optimization that joins the data you have with the data your model makes.
+
+Each method is a module with `Config`, `PRESETS` and `run`: `prefkit.dpo.run(prefkit.dpo.Config(...))`.
+It is imported when first used, so that `import prefkit` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from prefkit.errors import InputError
+
+__version__ = "0.1.0"
+
+METHODS = ("dpo", "hypo", "reward", "sft")
+
+__all__ = ["METHODS", "InputError", "__version__", "dpo", "hypo", "reward", "sft"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in METHODS:
+        return importlib.import_module(f"prefkit.methods.{name}")
+    raise AttributeError(f"module 'prefkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

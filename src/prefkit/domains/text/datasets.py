@@ -1,0 +1,207 @@
+"""From what the user named to checked, tokenized rows and their order: the data a text run trains and reports on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from prefkit import assets
+from prefkit.domains.text import loading
+from prefkit.domains.text.batches import hold_out, num_steps, process_slice, step_batches
+from prefkit.domains.text.check import Report, check
+from prefkit.domains.text.columns import parse_completions, parse_preferences, read_prompts
+from prefkit.domains.text.files import Source
+from prefkit.domains.text.load import evaluation_split, load, splits
+from prefkit.domains.text.packaged import dataset as packaged_dataset
+from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.tokenize import tokenize_prompts
+from prefkit.errors import InputError
+from prefkit.records import Example, Pair
+
+R = TypeVar("R", Pair, Example)
+Kind = Literal["pairs", "completions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(Generic[R]):
+    """Tokenized rows in three parts. `selection` may choose checkpoints; `test` is reported and never chooses."""
+
+    config: Any
+    tokenizer: Any
+    train: Sequence[R]
+    test: Sequence[R]
+    selection: Sequence[R]
+    checks: dict[str, Report]
+    fingerprint: str
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "train": self.checks["train"].to_json(),
+            "evaluation": self.checks["evaluation"].to_json(),
+            "parts": {"train": len(self.train), "test": len(self.test), "selection": len(self.selection)},
+            "fingerprint": self.fingerprint,
+        }
+
+    def forecast(self) -> Sequence[str]:
+        from prefkit.domains.text.forecast import forecast
+
+        return forecast(self.config, [*self.train])
+
+    def global_batch(self, size: int) -> int:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps * size
+
+    def rows(self, step: int, rank: int, size: int) -> tuple[list[int], int]:
+        batch = self.global_batch(size)
+        everyone = step_batches(len(self.train), step=step, global_batch=batch, seed=self.config.seed)
+        mine = process_slice(everyone, rank=rank, size=size)
+        return mine, rank * len(mine)
+
+    def total_steps(self, size: int) -> int:
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        return num_steps(len(self.train), epochs=self.config.num_train_epochs, global_batch=self.global_batch(size))
+
+    def steps_per_epoch(self, size: int) -> float:
+        return len(self.train) / self.global_batch(size)
+
+
+def prepare_pairs(config: Any, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Pair]:
+    """Preference data named by `config` or given in memory, checked and tokenized.
+
+    Raises InputError for data or a tokenizer that cannot be used, naming file, row and field.
+    """
+    return _prepare(config, "pairs", model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
+
+
+def prepare_completions(config: Any, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Example]:
+    """Prompt/completion data (or the chosen answers of preference data), as `prepare_pairs`."""
+    return _prepare(config, "completions", model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
+
+
+def prompt_tokens(name: str, tokenizer: Any, max_length: int) -> list[list[int]]:
+    """The prompts of a prompt file in token ids; empty for no name. Raises InputError for one over max_length."""
+    if not name:
+        return []
+    prompts = read_prompts(name)
+    tokens = tokenize_prompts(tokenizer, [prompt.prompt for prompt in prompts])
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if len(ids) >= max_length:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, max_length is {max_length}",
+                where=f"{name} row {prompt.row + 1}",
+                mend="shorten it or raise --max_length",
+            )
+    return tokens
+
+
+def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Any]:
+    _check_numbers(config)
+    if tokenizer is None:
+        if model is not None:
+            raise InputError("a model given in memory needs its tokenizer", mend="pass tokenizer=...")
+        tokenizer = loading.load_tokenizer(config, loading.resolve(config.model_name_or_path))
+    tokenizer = loading.prepare_tokenizer(tokenizer)
+    source, held = _sources(config, train, evaluation)
+    parse = parse_preferences if kind == "pairs" else parse_completions
+    rows, problems = parse(source)
+    if held is None:
+        rows, held_rows = _hold_out(rows, config.seed)
+        held_problems, held_name, held_where = [], f"{source.name} (held out)", source.path_of_row
+    else:
+        held_rows, held_problems = parse(held)
+        held_name, held_where = held.name, held.path_of_row
+    settings = {
+        "tokenizer": tokenizer,
+        "max_length": config.max_length,
+        "append_eos": config.append_eos,
+        "long_prompts": config.long_prompts,
+    }
+    checks = {
+        "train": check(rows, evaluation=held_rows, where=source.path_of_row, problems=problems, name=source.name, **settings),
+        "evaluation": check(held_rows, where=held_where, problems=held_problems, name=held_name, **settings),
+    }
+    for report in checks.values():
+        report.raise_errors()
+    examples: list[Any] = list(checks["train"].examples)
+    if config.num_train_samples:
+        examples = examples[: config.num_train_samples]
+    if not examples:
+        raise InputError("no row is left to train on", where=source.name, mend="see `prefkit data check`")
+    test, selection = _select(config, list(checks["evaluation"].examples))
+    prints = "".join(report.fingerprint for report in checks.values())
+    digest = hashlib.sha256(f"{prints} {len(examples)} {len(test)} {len(selection)}".encode()).hexdigest()
+    return TextData(
+        config=config,
+        tokenizer=tokenizer,
+        train=examples,
+        test=test,
+        selection=selection,
+        checks=checks,
+        fingerprint=digest,
+    )
+
+
+def _check_numbers(config: Any) -> None:
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}", where=f"--{name}", mend="1 or more")
+    if config.max_steps < 1 and config.num_train_epochs <= 0:
+        raise InputError("neither max_steps nor num_train_epochs is above 0", mend="give one of them")
+
+
+def _sources(config: Any, train: Any, evaluation: Any) -> tuple[Source, Source | None]:
+    """Training rows, and held-out rows where there are any apart from them."""
+    name = train if train is not None else config.dataset_name
+    if isinstance(name, str) and not name:
+        raise InputError("no training data given", where="--dataset_name", mend="name a file, folder or Hub id")
+    held = evaluation if evaluation is not None else config.eval_dataset
+    if isinstance(name, str) and name in assets.ASSETS:
+        parts = packaged_dataset(name, config.seed)
+        source, rest = load(parts["train"]), load(parts["test"], what="evaluation")
+        return source, rest if isinstance(held, str) and not held else load(held, what="evaluation")
+    source = load(name, split=_train_split(config, name), config=config.dataset_config)
+    if not isinstance(held, str) or held:
+        return source, load(held, config=config.dataset_config, what="evaluation")
+    split = config.dataset_eval_split or evaluation_split(splits(name, config=config.dataset_config))
+    if split:
+        return source, load(name, split=split, config=config.dataset_config, what="evaluation")
+    return source, None
+
+
+def _train_split(config: Any, name: Any) -> str:
+    """The split asked for; the default falls to whatever `load` finds where there is no `train`."""
+    asked = config.dataset_train_split
+    return asked if asked != "train" or "train" in splits(name, config=config.dataset_config) else ""
+
+
+def _hold_out(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
+    try:
+        return hold_out(rows, _cluster, seed=seed)
+    except ValueError as error:
+        raise InputError(
+            f"no held-out rows can be made: {error}", where="--eval_dataset", mend="give held-out data of your own"
+        ) from error
+
+
+def _select(config: Any, examples: list[Any]) -> tuple[list[Any], list[Any]]:
+    """(test, selection): half of the held-out clusters choose where something is chosen, else all are test."""
+    if not (config.keep_best or config.patience or config.stop_at_kl):
+        test, selection = examples, []
+    else:
+        try:
+            test, selection = hold_out(examples, lambda row: _cluster(row.source), share=0.5, seed=config.seed)
+        except ValueError as error:
+            raise InputError(
+                "held-out data with a single prompt cannot both choose a checkpoint and test it",
+                where="--eval_dataset",
+                mend="give more held-out prompts, or drop --keep_best, --patience and --stop_at_kl",
+            ) from error
+    limit = config.num_eval_samples
+    return (test[:limit], selection[:limit]) if limit else (test, selection)
+
+
+def _cluster(row: Any) -> str:
+    """What must not stand on both sides of a split: the row's group, else its prompt."""
+    return str(row.extra["group"]) if "group" in row.extra else plain(row.prompt)

@@ -1,0 +1,134 @@
+"""How much memory a model needs to train: arithmetic on its config.json, nothing is loaded.
+
+Parameters are counted exactly, on a model built without storage. The rest is a forecast in bytes:
+
+    weights      frozen: parameters x bytes of the dtype; trained: x 4 (float32)
+    reference    a second copy where all weights train; nothing with LoRA (adapters off)
+    gradients    4 x trained parameters
+    optimizer    8 x trained parameters (AdamW's two moments in float32)
+    activations  rows x length x (17 x hidden + 3 x inner) x layers x bytes: attention without its square
+                 matrix; with gradient checkpointing one layer of it, and hidden per layer
+    logits       3 x rows x answer tokens x vocabulary x 4: logits, log-softmax and their gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prefkit.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the forecast needs to know of a model."""
+
+    name: str
+    parameters: int
+    linear: int
+    """sum of inputs + outputs over the linear layers an adapter attaches to: one rank of LoRA"""
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Bytes by use; `total` is their sum."""
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights + self.reference + self.gradients + self.optimizer + self.activations + self.logits
+        )
+
+
+def shape_of(name: str, *, revision: str = "main") -> Shape:
+    """Read config.json of a folder or Hub id. Raises InputError where there is none or it is no causal LM."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"no model config can be read: {reason}",
+            where=name,
+            mend="give a folder that holds config.json, or a Hub id",
+        ) from error
+    return shape_of_config(config, name=name)
+
+
+def shape_of_config(config: PretrainedConfig, *, name: str = "") -> Shape:
+    """Count parameters on a model without storage. Raises InputError where it is no causal LM."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InputError("is no causal language model", where=name, mend="name a causal LM") from error
+    head = model.get_output_embeddings()
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    text = config.get_text_config()
+    return Shape(
+        name=name,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        linear=sum(part.in_features + part.out_features for part in linear),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", 0) or 0,
+    )
+
+
+def forecast(
+    shape: Shape,
+    *,
+    rows: int,
+    length: int,
+    answer: int | None = None,
+    trained: Literal["all", "lora"] = "all",
+    lora_r: int = 16,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    checkpointing: bool = False,
+    reference: bool = True,
+) -> Forecast:
+    """Bytes of one optimizer step with AdamW.
+
+    `rows`: sequences per forward pass (two for each pair); `length`: tokens of the longest; `answer`: how
+    many of them are scored (default: all).
+    """
+    size = 4 if dtype == "float32" else 2
+    lora = trained == "lora"
+    moving = shape.linear * lora_r if lora else shape.parameters
+    tokens = rows * length
+    per_layer = tokens * (17 * shape.hidden + 3 * shape.inner) * size
+    kept = per_layer * shape.layers
+    if checkpointing:
+        kept = per_layer + tokens * shape.hidden * shape.layers * size
+    scored = rows * (length if answer is None else answer)
+    return Forecast(
+        weights=shape.parameters * size + moving * 4 if lora else moving * 4,
+        reference=shape.parameters * size if reference and not lora else 0,
+        gradients=moving * 4,
+        optimizer=moving * 8,
+        activations=kept,
+        logits=3 * scored * shape.vocabulary * 4,
+    )

@@ -1,0 +1,191 @@
+"""What is measured on held-out data: implicit rewards of stored pairs, and what the policy answers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkit.domains.text.policy import TextPolicy
+from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.sampler import Decoding, Sampler
+from prefkit.engine.world import World
+from prefkit.protocols import Gold
+from prefkit.records import Example, Group, Pair, Sample
+
+def pair_metrics(log_probs: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
+    """Per-pair training metrics, without gradient: log-probs and reference log-probs (b, 2) -> {name: (b,)}.
+
+    rewards/* are implicit rewards, β times the log-ratio to the reference; an accuracy of 0.5 is a tie.
+    """
+    log_probs = log_probs.detach()
+    rewards = beta * (log_probs - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    return {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0),
+        "logps/chosen": log_probs[:, 0],
+        "logps/rejected": log_probs[:, 1],
+    }
+
+
+def spread(world: World, num: int) -> list[int]:
+    """This process's share of `num` rows: equal counts everywhere (rows repeat), so sharded models stay in step."""
+    per_process = -(-num // world.size)
+    return [min(world.rank * per_process + i, num - 1) for i in range(per_process)]
+
+
+def in_order(world: World, rows: Sequence[dict[str, Any]], key: str = "index") -> list[dict[str, Any]]:
+    """All processes' rows once each, by index."""
+    gathered = {row[key]: row for row in world.gather_objects(list(rows))}
+    return [gathered[index] for index in sorted(gathered)]
+
+
+class PairEvaluation:
+    """Implicit rewards on held-out pairs. The reference is frozen, so it is scored once and remembered."""
+
+    def __init__(self, policy: TextPolicy, pairs: Sequence[Pair], *, beta: float, batch_size: int) -> None:
+        self.policy = policy
+        self.pairs = pairs
+        self.beta = beta
+        self.batch_size = batch_size
+        self._reference: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self) -> list[dict[str, Any]]:
+        """One row per pair, in order: index, row, group, prompt, rewards, margin, accuracy."""
+        mine = spread(self.policy.world, len(self.pairs))
+        # Neighbours of similar length share a batch, so that little of it is padding.
+        mine.sort(key=lambda i: (len(self.pairs[i].prompt) + len(self.pairs[i].chosen), i))
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(mine), self.batch_size):
+            indices = mine[start : start + self.batch_size]
+            groups = [self.pairs[i].group for i in indices]
+            if start not in self._reference:
+                self._reference[start] = self.policy.reference_log_probs(groups)
+            metrics = pair_metrics(self.policy.log_probs(groups), self._reference[start], self.beta)
+            columns = {name: values.tolist() for name, values in metrics.items()}
+            rows += [self._row(i, {name: column[j] for name, column in columns.items()}) for j, i in enumerate(indices)]
+        return in_order(self.policy.world, rows)
+
+    def _row(self, index: int, values: dict[str, float]) -> dict[str, Any]:
+        source = self.pairs[index].source
+        return {
+            "index": index,
+            "row": source.row,
+            "group": group_of(source.extra, source.row),
+            "prompt": plain(source.prompt),
+            "reward_chosen": values["rewards/chosen"],
+            "reward_rejected": values["rewards/rejected"],
+            "margin": values["rewards/margins"],
+            "accuracy": values["rewards/accuracies"],
+        }
+
+
+def group_of(extra: Any, row: int) -> str:
+    """The name of the cluster a row belongs to, for grouped intervals: its `group` column, else the row itself."""
+    return str(extra.get("group", row))
+
+
+def summarize_pairs(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over held-out pairs, under TRL's names."""
+    names = {
+        "reward_chosen": "eval_rewards/chosen",
+        "reward_rejected": "eval_rewards/rejected",
+        "margin": "eval_rewards/margins",
+        "accuracy": "eval_rewards/accuracies",
+    }
+    return {name: sum(row[key] for row in rows) / len(rows) for key, name in names.items()} if rows else {}
+
+
+class SampleEvaluation:
+    """The policy's own answers to held-out prompts: log-ratio to the reference, length, gold reward.
+
+    The same prompts and seeds are used at every evaluation, so answers before and after differ by the policy alone.
+    """
+
+    def __init__(
+        self,
+        policy: TextPolicy,
+        sampler: Sampler,
+        prompts: Sequence[Pair] | Sequence[Example],
+        *,
+        decoding: Decoding,
+        seed: int,
+        judges: Mapping[str, Gold],
+        batch_size: int,
+    ) -> None:
+        self.policy = policy
+        self.sampler = sampler
+        self.prompts = prompts
+        self.decoding = decoding
+        self.seed = seed
+        self.judges = judges
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self) -> list[dict[str, Any]]:
+        """One row per prompt: index, row, group, prompt, answer, log_ratio, length, finished, and each judge's score."""
+        if not self.prompts:
+            return []
+        mine = spread(self.policy.world, len(self.prompts))
+        self.sampler.refresh()
+        answers = self.sampler.sample(
+            [self.prompts[i].prompt for i in mine],
+            num=1,
+            decoding=self.decoding,
+            seed=self.seed,
+            path=("evaluation",),
+            rows=mine,
+        )
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(mine), self.batch_size):
+            indices = mine[start : start + self.batch_size]
+            samples = [answer[0] for answer in answers[start : start + self.batch_size]]
+            groups = [Group(sample.prompt, [sample.tokens]) for sample in samples]
+            new = [self._row(i, sample) for i, sample in zip(indices, samples, strict=True)]
+            if self.policy.has_reference:
+                log_ratio = self.policy.log_probs(groups) - self.policy.reference_log_probs(groups)
+                for row, ratio in zip(new, log_ratio[:, 0].tolist(), strict=True):
+                    row["log_ratio"] = ratio
+            rows += new
+        rows = in_order(self.policy.world, rows)
+        for name, judge in self.judges.items():
+            scores = judge([row["answer"] for row in rows])
+            for row, score in zip(rows, scores, strict=True):
+                row[name] = float(score)
+        return rows
+
+
+    def _row(self, index: int, sample: Sample) -> dict[str, Any]:
+        source = self.prompts[index].source
+        return {
+            "index": index,
+            "row": source.row,
+            "group": group_of(source.extra, source.row),
+            "prompt": plain(source.prompt),
+            "answer": sample.text,
+            "length": len(sample.tokens),
+            "finished": sample.finished,
+        }
+
+
+def summarize_samples(rows: Sequence[dict[str, Any]], judges: Sequence[str] = ()) -> dict[str, float]:
+    """Means over own samples: KL estimate in nats per answer, length in tokens, share that ended, judges' scores."""
+    if not rows:
+        return {}
+
+    def mean(key: str) -> float:
+        return sum(float(row[key]) for row in rows) / len(rows)
+
+    summary = {
+        "eval_completions/mean_length": mean("length"),
+        "eval_val/contain_eos_token": mean("finished"),
+    }
+    if "log_ratio" in rows[0]:
+        summary["eval_objective/kl"] = mean("log_ratio")
+    return summary | {f"eval_objective/{name}": mean(name) for name in judges}

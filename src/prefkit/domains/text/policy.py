@@ -1,0 +1,266 @@
+"""A causal language model as a policy: what it is, what it scores, where it is saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from prefkit.domains.text import loading
+from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy, Reference, without_dropout
+from prefkit.domains.text.scoring import LanguageModel, causal_lm, check_scoring, lay_out, logit_transform
+from prefkit.engine.precision import resolve_dtype
+from prefkit.engine.sharding import full_state, load_state, shard
+from prefkit.engine.world import World
+from prefkit.errors import InputError
+from prefkit.records import Group
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""how far our log-probs may be from the model's own forward pass before the model is refused, in nats"""
+
+
+class TextPolicy:
+    """A causal LM with its tokenizer and its reference.
+
+    Scores are summed (or per-token) log-probabilities in float32. Dropout is off. Trained weights are float32;
+    with LoRA the frozen ones have the compute dtype.
+    """
+
+    def __init__(
+        self, module: LanguageModel, tokenizer: Any, *, reference: Reference | None, world: World, source: str
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self._reference = reference
+        self.world = world
+        self.source = source
+        """folder or Hub id of the start model; empty for a model given in memory"""
+
+    @classmethod
+    def create(
+        cls, options: Any, world: World, *, model: Any = None, tokenizer: Any = None, copy_reference: bool = True
+    ) -> Self:
+        """The start model of a training run, from `options` (a Config with Model and Lora) or from memory.
+
+        `copy_reference` False spares full fine-tuning the second model where no reference is needed (SFT).
+        Raises InputError for a model that cannot be loaded or scored, and for combinations that cannot work.
+        """
+        source = "" if model is not None else loading.resolve(options.model_name_or_path)
+        dtype = resolve_dtype(options.dtype, world.device)
+        if tokenizer is None:
+            if model is not None:
+                raise InputError("a model given in memory needs its tokenizer", mend="pass tokenizer=...")
+            tokenizer = loading.load_tokenizer(options, source)
+        if model is None:
+            model = loading.load_model(options, options, source, dtype)
+        if options.use_peft:
+            model = loading.add_adapter(model, options, options)
+        elif options.adapter_name_or_path:
+            raise InputError(
+                "an adapter to start from is given but LoRA is off",
+                where="--adapter_name_or_path",
+                mend="add --use_peft, or merge the adapter first with `prefkit export --merge`",
+            )
+        module = cls._module(model, dtype, options.gradient_checkpointing).to(world.device)
+        cls._check(module, tokenizer)
+        reference = cls._make_reference(module, options, copy_reference)
+        shard(module, world)
+        if isinstance(reference, FrozenCopy):
+            shard(reference.module, world)
+        return cls(module, loading.prepare_tokenizer(tokenizer), reference=reference, world=world, source=source)
+
+    @staticmethod
+    def _module(model: Any, dtype: torch.dtype, checkpointing: bool) -> LanguageModel:
+        without_dropout(model)
+        model.eval()
+        if checkpointing:
+            # transformers checkpoints activations in training mode only; dropout is already zero.
+            model.train()
+            causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            causal_lm(model).enable_input_require_grads()
+        config = causal_lm(model).config.get_text_config()
+        scale, cap = logit_transform(config)
+        return LanguageModel(model, dtype=dtype, logit_scale=scale, soft_cap=cap)
+
+    @staticmethod
+    def _check(module: LanguageModel, tokenizer: Any) -> None:
+        vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model only {vocabulary}",
+                where="--model_name_or_path",
+                mend="use the tokenizer the model was trained with",
+            )
+        gap = check_scoring(module, pad=tokenizer.pad_token_id or 0, vocabulary=vocabulary)
+        if not gap <= TOLERANCE[module.dtype]:
+            raise InputError(
+                f"log-probs differ from the model's own forward pass by {gap:.3g} nats: it transforms its logits "
+                "in a way prefkit does not know",
+                where="--model_name_or_path",
+                mend="please report the model; training it would optimise a wrong objective",
+            )
+
+    @staticmethod
+    def _make_reference(module: LanguageModel, options: Any, copy_reference: bool) -> Reference | None:
+        if options.use_peft and options.adapter_name_or_path:
+            return FrozenAdapter(module, options.adapter_name_or_path)
+        if options.use_peft:
+            return AdaptersOff(module)
+        return FrozenCopy(module) if copy_reference else None
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, or peft's wrapper around it."""
+        return self.module.model
+
+    def describe(self) -> str:
+        """One line for the log: parameters, what trains, dtype."""
+        total = sum(p.numel() for p in self.module.parameters())
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        how = "LoRA" if self.uses_adapter else "all weights"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained ({how}), computing in {name}"
+
+    @property
+    def uses_adapter(self) -> bool:
+        return isinstance(self._reference, AdaptersOff | FrozenAdapter)
+
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen start policy."""
+        assert self._reference is not None, "this policy was created without a reference"
+        return self._reference
+
+    @property
+    def quantised(self) -> bool:
+        return getattr(causal_lm(self.model), "hf_quantizer", None) is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    def token_log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
+        """(b * K, t) log-probability of each answer token, zero where an answer has ended; with gradient."""
+        return self.module(self._layout(groups), temperature=temperature)
+
+    def log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
+        """(b, K) summed log-probability of every answer, in nats, end-of-sequence token included; with gradient.
+
+        Raises ValueError where groups have different numbers of answers.
+        """
+        answers = {len(g.answers) for g in groups}
+        if len(answers) != 1:
+            raise ValueError(f"all groups of a batch need the same number of answers, not {sorted(answers)}")
+        return self.token_log_probs(groups, temperature=temperature).sum(-1).view(len(groups), -1)
+
+    @torch.no_grad()
+    def reference_token_log_probs(self, groups: Sequence[Group]) -> Tensor:
+        """(b * K, t), as `token_log_probs`, under the reference, without gradient."""
+        with self.reference.active() as module:
+            return module(self._layout(groups))
+
+    def reference_log_probs(self, groups: Sequence[Group]) -> Tensor:
+        """(b, K) summed log-probabilities under the reference, without gradient."""
+        return self.reference_token_log_probs(groups).sum(-1).view(len(groups), -1)
+
+    def state_kl(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token log-probs of policy and reference and the exact KL of each next-token distribution, (b * K, t) each.
+
+        Needs the whole vocabulary at every answer token of both models: for small vocabularies and short answers.
+        """
+        layout = self._layout(groups)
+        policy = self.module(layout, distributions=True)
+        with torch.no_grad(), self.reference.active() as module:
+            reference = module(layout, distributions=True)
+        kl = (policy.exp() * (policy - reference)).sum(-1)
+        index = layout.targets[:, None]
+
+        def padded(values: Tensor) -> Tensor:
+            flat = values.new_zeros(layout.num_answers * layout.longest_answer)
+            return flat.scatter(0, layout.slots, values).view(layout.num_answers, -1)
+
+        return padded(policy.gather(-1, index)[:, 0]), padded(reference.gather(-1, index)[:, 0]), padded(kl)
+
+    def _layout(self, groups: Sequence[Group]) -> Any:
+        return lay_out(groups, self.tokenizer.pad_token_id, self.world.device)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights in Hugging Face layout: the adapter with LoRA, else the whole model."""
+        state = full_state(self.module, names=self._trained_names())
+        if not self.world.is_main:
+            return
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if self.uses_adapter:
+            self.model.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
+        else:
+            self.model.save_pretrained(folder, state_dict=state)
+        self.tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Put the weights that `save` wrote back into this policy, bit for bit."""
+        from safetensors.torch import load_file
+
+        files = sorted(folder.glob("adapter_model.safetensors" if self.uses_adapter else "model*.safetensors"))
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state.update(load_file(file))
+        if self.uses_adapter:
+            # peft's files leave the adapter's name out of the parameter names.
+            state = {name.replace(".weight", ".default.weight"): tensor for name, tensor in state.items()}
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
+        load_state(self.module, state, names=self._trained_names())
+
+    def _trained_names(self) -> set[str] | None:
+        """The adapter's tensors, or None for all: what a checkpoint holds."""
+        if not self.uses_adapter:
+            return None
+        return {name for name in self.module.state_dict() if ".default." in name}
+
+    def save_merged(self, folder: Path) -> None:
+        """Write a stock model folder with the adapter merged in: the base of the next stage.
+
+        The base is read again in its stored precision, so that the merge loses nothing to a bfloat16 copy.
+        """
+        if not self.uses_adapter:
+            self.save(folder)
+            return
+        state = full_state(self.module, names=self._trained_names())
+        if not self.world.is_main:
+            return
+        merged = self._merge({name.removeprefix("model."): tensor for name, tensor in state.items()})
+        merged.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def save_final(self, directory: Path) -> dict[str, str | None]:
+        """Write DIRECTORY/adapter where LoRA was used, and DIRECTORY/model, the base of the next stage.
+
+        A quantised base cannot take a merge: there the adapter alone is the result.
+        """
+        adapter = "adapter" if self.uses_adapter else None
+        if adapter:
+            self.save(directory / adapter)
+        if self.quantised:
+            return {"model": None, "adapter": adapter}
+        self.save_merged(directory / "model")
+        return {"model": "model", "adapter": adapter}
+
+    def _merge(self, adapter: dict[str, Tensor]) -> Any:
+        from peft import PeftModel, set_peft_model_state_dict
+        from transformers import AutoModelForCausalLM
+
+        if self.source:
+            base = AutoModelForCausalLM.from_pretrained(self.source, dtype="auto")
+            model: Any = PeftModel(base, self.model.peft_config["default"])
+            plain = {name.replace(".default.", "."): tensor for name, tensor in adapter.items()}
+            set_peft_model_state_dict(model, plain)
+        else:
+            model = copy.deepcopy(self.model)
+        return model.merge_and_unload(safe_merge=True)

@@ -1,0 +1,75 @@
+"""The reference policy: a frozen copy, the adapters switched off, or a frozen copy of the starting adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from prefkit.domains.text.scoring import LanguageModel
+
+
+class FrozenCopy:
+    """The start policy as a second model: full fine-tuning has no other way."""
+
+    name = "a frozen copy of the start model"
+
+    def __init__(self, module: LanguageModel) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False)
+
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        yield self.module
+
+
+class AdaptersOff:
+    """The base model under the trained adapter: exact, because a stage starts from a merged model."""
+
+    name = "the base model, adapters off"
+
+    def __init__(self, module: LanguageModel) -> None:
+        self.module = module
+
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        model: Any = self.module.model
+        with model.disable_adapter():
+            yield self.module
+
+
+class FrozenAdapter:
+    """A frozen copy of the adapter that training started from; the base model is shared."""
+
+    name = "a frozen copy of the starting adapter"
+    ADAPTER = "reference"
+
+    def __init__(self, module: LanguageModel, adapter: str) -> None:
+        self.module = module
+        model: Any = module.model
+        model.load_adapter(adapter, adapter_name=self.ADAPTER, is_trainable=False)
+
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        model: Any = self.module.model
+        model.set_adapter(self.ADAPTER, inference_mode=True)
+        try:
+            yield self.module
+        finally:
+            model.set_adapter("default")
+
+
+Reference = FrozenCopy | AdaptersOff | FrozenAdapter
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Dropout makes the policy differ from the distribution it samples from and breaks step-0 identity: off, everywhere."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "attn_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+

@@ -1,0 +1,370 @@
+"""A run: its directory, steps, metrics, checkpoints, and how it continues after being stopped anywhere.
+
+    with Run(config, method="dpo") as run:
+        learner = Learner(policy.module, config, total_steps=total, world=run.world)
+        run.track(policy=policy, learner=learner)          # restores the newest whole checkpoint
+        for step in run.steps(total):
+            run.log(learner.update(batches(step), compute))
+            if run.due(config.eval_steps):
+                run.evaluated(evaluate(policy))
+        run.finish()
+
+Everything random must depend on (seed, step, row) alone; the global generators are reseeded before each step, so
+that a step's numbers do not depend on what ran before it in this process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkit.engine import checkpoint, directory, environment, files, seeds, trackers
+from prefkit.engine.checkpoint import Tracked
+from prefkit.engine.journal import Journal
+from prefkit.engine.progress import Bar, duration
+from prefkit.engine.selection import Selection
+from prefkit.engine.world import World
+from prefkit.errors import InputError
+from prefkit.options import to_json
+
+CHECKED = ("loss", "grad_norm")
+"""values that must be finite at every step"""
+
+
+class Run:
+    """One training run in one directory. Every method is called on every process; only the main one writes."""
+
+    def __init__(self, config: Any, *, method: str, preset: str = "") -> None:
+        """Open the run directory, new or used.
+
+        `config` is a dataclass with the fields of Optimisation, Selection and Output. Raises InputError when the
+        directory cannot take this run, and for trackers that are not installed.
+        """
+        self.config = config
+        self.method, self.preset = method, preset
+        self.world = World.start()
+        self.directory = Path(config.output_dir or directory.default_path(method, preset))
+        self.resumed_step = 0
+        self._values = to_json(config)
+        self._selection = Selection(config.keep_best, config.patience, config.stop_at_kl)
+        self._tracker_names = trackers.names_of(config.report_to)
+        self._trackers: list[Any] = []
+        self._journal = Journal(self.directory / directory.METRICS)
+        self._tracked: dict[str, Tracked] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._restored: dict[str, Any] | None = None
+        self._step = self._total = 0
+        self._in_step = self._best_now = False
+        self._row: dict[str, float | Tensor] = {}
+        self._unchecked: list[tuple[int, str, Tensor]] = []
+        self._per_epoch: float | None = None
+        self._stop = ""
+        self._last_saved = -1
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        self._bar: Bar | None = None
+        self._used = self.world.on_main(self._open)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        trackers.finish(self._trackers)
+        self._trackers = []
+
+    def say(self, text: str) -> None:
+        """A line on stderr from the main process, above the progress bar."""
+        (self._bar or Bar(total=0, done=0, visible=self.world.is_main)).say(text)
+
+    def track(self, **objects: Tracked) -> None:
+        """Name the objects that checkpoints hold; if there is a whole checkpoint, they are restored from the newest.
+
+        Raises InputError when no checkpoint is whole, when the run was started with another number of processes or
+        other data (see `fingerprint`), and when the disk has no room for two checkpoints.
+        """
+        self._tracked.update(objects)
+        step, damaged = self.world.on_main(lambda: checkpoint.newest_whole(self.directory))
+        for line in damaged:
+            self.say(f"{line}; continuing from checkpoint-{step} instead")
+        if step is None:
+            if self._used:
+                self.say(f"{self.directory} has no checkpoint yet: starting from the beginning")
+            self._cut_rows(0)
+        else:
+            self._restore(step)
+            if self.world.is_main:
+                for later in checkpoint.steps_in(self.directory):
+                    if later > step:
+                        files.discard(checkpoint.path_of(self.directory, later))
+        self.world.on_main(
+            lambda: files.require_space(self.directory, 2 * self._checkpoint_bytes(), what="training")
+        )
+
+    def fingerprint(self, **names: str) -> None:
+        """What the run depends on besides its options (`data=sha`); a different value on resume is an InputError."""
+        self._fingerprints.update(names)
+        before = (self._restored or {}).get("fingerprints", {})
+        for name, value in names.items():
+            if name in before and before[name] != value:
+                raise InputError(
+                    f"the {name} is not what this run was started with ({before[name][:12]} -> {value[:12]})",
+                    where=str(self.directory),
+                    mend=f"give the same {name}, or choose another --output_dir",
+                )
+
+    def steps(self, total: int, *, per_epoch: float | None = None) -> Iterator[int]:
+        """The steps to do, from 1 or after the restored one to `total`; `per_epoch` is the steps in an epoch.
+
+        After each loop body: the row is written if due, values are checked to be finite, the checkpoint is written
+        if due. Leave the loop with `stop`, never with `break`.
+        """
+        self._total, self._per_epoch = total, per_epoch
+        if not self._tracked:
+            self._cut_rows(0)
+        self._check_total(total)
+        if self.world.is_main:
+            if self._step < total:  # an earlier, shorter run's result is no longer true
+                (self.directory / directory.RESULT).unlink(missing_ok=True)
+            self._trackers = trackers.start(
+                self._tracker_names,
+                self.directory,
+                title=f"prefkit-{self.method}",
+                config=self._values,
+                after=self.resumed_step,
+            )
+        self._bar = Bar(total=total, done=self._step, visible=self.world.is_main)
+        self._flush_outside()
+        while self._step < total and not self._stop:
+            self._step += 1
+            seeds.seed_everything(self.config.seed, "step", self._step, self.world.rank)
+            self._row, self._in_step = {}, True
+            yield self._step
+            self._end_step()
+        self._bar.close()
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Add values to the row of this step; 0-dim tensors are read only if the row is written.
+
+        Before the loop the row is that of step 0 (left out when the run continues: it stands there already); after
+        the loop each call writes a row of its own.
+        """
+        if self._in_step:
+            self._row.update(values)
+            self._unchecked += [
+                (self._step, name, value.detach())
+                for name, value in values.items()
+                if name in CHECKED and isinstance(value, Tensor)
+            ]
+        elif self._total == 0:
+            self._row.update(values)
+        else:
+            self._write_row(values)
+
+    def due(self, every: int) -> bool:
+        """True on multiples of `every` and on the last step; with 0, on the last step only."""
+        return self._step >= self._total or bool(self._stop) or (every > 0 and self._step % every == 0)
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Log an evaluation; inside the loop it also drives keep_best, patience and stop_at_kl."""
+        values = self.world.broadcast(dict(values))
+        self.log(values)
+        if not self._in_step:
+            if self._total == 0:
+                self._selection.check(values)
+            return
+        improved, reason = self._selection.evaluated(self._step, values)
+        self._best_now = self._best_now or improved
+        self._row["_evaluated"] = 1.0
+        if reason:
+            self.stop(reason)
+
+    def stop(self, reason: str) -> None:
+        """End the loop after this step."""
+        self._stop = self._stop or reason
+
+    def finish(self, *, model: str = "model", adapter: str | None = None) -> dict[str, Any]:
+        """Load the selected checkpoint if that is not the last step, write result.json, and give its content."""
+        best = self._selection.best
+        selected = int(best["step"]) if best is not None else self._step
+        if selected != self._step:
+            folder = checkpoint.path_of(self.directory, selected)
+            self._require_whole(folder)
+            for item in self._tracked.values():
+                item.load(folder)
+            self.say(f"selected step {selected}: {self._selection.rule()}")
+        result = {
+            "status": "stopped" if self._stop else "complete",
+            "reason": self._stop or f"all {self._step} steps done",
+            "steps": self._step,
+            "selected_step": selected,
+            "rule": self._selection.rule(),
+            "seconds": round(self._seconds(), 3),
+            "model": model,
+            "adapter": adapter,
+        }
+        self.world.on_main(lambda: files.write_json(self.directory / directory.RESULT, result))
+        self.say(
+            f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}"
+        )
+        return result
+
+    def _open(self) -> bool:
+        used = directory.prepare(
+            self.directory,
+            method=self.method,
+            preset=self.preset,
+            values=self._values,
+            overwrite=self.config.overwrite,
+        )
+        now = environment.environment(self.world, dtype=str(self._values.get("dtype", "float32")))
+        path = self.directory / directory.ENVIRONMENT
+        if used and path.exists():
+            different = environment.changed(files.read_json(path), now)
+            if different:
+                self.say(f"not bit for bit the earlier start's environment: {', '.join(different)}")
+        else:
+            files.write_json(path, now)
+        return used
+
+    def _restore(self, step: int) -> None:
+        state = checkpoint.read_state(self.directory, step)
+        if state["processes"] != self.world.size:
+            raise InputError(
+                f"this run was started with {state['processes']} process(es) and is continued with {self.world.size}; "
+                "sums would be taken in another order and the numbers would differ",
+                where=str(self.directory),
+                mend=f"launch {state['processes']} process(es), or choose another --output_dir",
+            )
+        self._restored = state
+        self.fingerprint(**self._fingerprints)
+        self._fingerprints = {**state["fingerprints"], **self._fingerprints}
+        for item in self._tracked.values():
+            item.load(checkpoint.path_of(self.directory, step))
+        self._selection.restore(state["selection"])
+        self._step = self.resumed_step = self._last_saved = step
+        self._stop = state["stop"]
+        self._seconds_before, self._started = state["seconds"], time.monotonic()
+        self._cut_rows(state["rows"])
+        self.say(f"continuing {self.directory} after step {step}")
+
+    def _cut_rows(self, rows: int) -> None:
+        found = self.world.on_main(lambda: self._journal.cut(rows))
+        if found < rows:
+            self.say(
+                f"{directory.METRICS} lacks {rows - found} rows that were written: it was changed by hand"
+            )
+
+    def _check_total(self, total: int) -> None:
+        if total < 1:
+            raise InputError(f"{total} steps are nothing to train", where="--max_steps")
+        if total < self._step:
+            raise InputError(
+                f"{self._step} steps are done already, {total} are asked for",
+                where="--max_steps",
+                mend="ask for more, or choose another --output_dir",
+            )
+        if self._stop and self._restored is not None and total > self._restored["total"]:
+            self.say(f"it had stopped ({self._stop}); more steps are asked for, so it goes on")
+            self._stop = ""
+
+    def _flush_outside(self) -> None:
+        row, self._row = self._row, {}
+        if row and self.resumed_step == 0:
+            self._write_row(row)
+
+    def _end_step(self) -> None:
+        evaluated = self._row.pop("_evaluated", None) is not None
+        save = self._best_now or self.due(self.config.save_steps)
+        write = evaluated or save or self.due(self.config.logging_steps)
+        if write:
+            self._check_finite()
+        self._in_step = False
+        shown: dict[str, float] = {}
+        if evaluated or self.due(self.config.logging_steps):
+            shown = self._write_row(self._row)
+        if self._bar is not None:
+            self._bar.update(self._step, shown)
+        if save:
+            self._save()
+
+    def _check_finite(self) -> None:
+        """Read the losses and gradient norms since the last look in one transfer; the first bad one ends the run."""
+        entries, self._unchecked = self._unchecked, []
+        if not entries:
+            return
+        numbers = torch.stack([value.double() for _, _, value in entries]).tolist()
+        for (step, name, _), number in zip(entries, numbers, strict=True):
+            if not math.isfinite(number):
+                kept = f"checkpoint-{self._last_saved}" if self._last_saved > 0 else "none was written yet"
+                raise InputError(
+                    f"{name} is {number} at step {step}: training has diverged (last checkpoint: {kept})",
+                    where=str(self.directory),
+                    mend="start anew in another --output_dir with a lower --learning_rate, or look at that step's data",
+                )
+
+    def _write_row(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        row = _read(values)
+        epoch = {} if self._per_epoch is None else {"epoch": round(self._step / self._per_epoch, 6)}
+        if self.world.is_main:
+            full = {"step": self._step, **epoch, **row, "seconds": round(self._seconds(), 3)}
+            self._journal.append(full)
+            trackers.log(self._trackers, full, self._step)
+        return row
+
+    def _save(self) -> None:
+        if self.world.is_main:
+            self._journal.force()
+        rows = self.world.broadcast(self._journal.rows)
+        state = {
+            "step": self._step,
+            "total": self._total,
+            "rows": rows,
+            "processes": self.world.size,
+            "fingerprints": self._fingerprints,
+            "selection": self._selection.state(),
+            "stop": self._stop,
+            "seconds": round(self._seconds(), 3),
+        }
+        need = self._checkpoint_bytes()
+        self.world.on_main(lambda: files.require_space(self.directory, need, what=f"checkpoint-{self._step}"))
+        checkpoint.write(self.directory, self._step, self._tracked, state, self.world)
+        self._last_saved, self._best_now = self._step, False
+        protected = [] if self._selection.best is None else [int(self._selection.best["step"])]
+        self.world.on_main(lambda: checkpoint.rotate(self.directory, self.config.save_total_limit, protected))
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: those of the last one, or what the tracked objects hold."""
+        if self._last_saved > 0:
+            return checkpoint.size_of(checkpoint.path_of(self.directory, self._last_saved))
+        return sum(item.nbytes for item in self._tracked.values() if isinstance(item, checkpoint.Sized))
+
+    def _require_whole(self, folder: Path) -> None:
+        def check() -> None:
+            wrong = checkpoint.problem(folder)
+            if wrong:
+                raise InputError(f"the selected checkpoint cannot be used: {wrong}", where=str(folder))
+
+        self.world.on_main(check)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+
+def _read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """All values as floats; the tensors among them come over in one transfer."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    numbers: list[float] = []
+    if tensors:
+        numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
+    read = dict(zip(tensors, numbers, strict=True))
+    return {name: read[name] if name in read else float(value) for name, value in values.items()}

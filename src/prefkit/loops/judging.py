@@ -1,0 +1,44 @@
+"""Who judges a policy's own answers in evaluation, from a Config's `gold_reward` and `reward_model`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefkit import assets
+from prefkit.errors import InputError
+from prefkit.protocols import Gold
+
+
+def judges(config: Any) -> dict[str, Gold]:
+    """Scoring functions over texts by metric name: `gold`, `reward_model`. Empty where none is configured."""
+    found: dict[str, Gold] = {}
+    if config.gold_reward:
+        found["gold"] = gold(config.gold_reward, config.seed)
+    return found
+
+
+def gold(name: str, seed: int) -> Gold:
+    """A packaged gold reward by its data's name, or any Python callable as module:function.
+
+    The packaged one is P(fresh) by a classifier fit on films that neither training nor evaluation sees.
+    """
+    if name in assets.ASSETS:
+        from prefkit.domains.text.packaged import review_pairs
+        from prefkit.feedback.gold import GoldSentiment
+
+        reviews = review_pairs(seed)
+        return GoldSentiment(reviews.gold_texts, reviews.gold_labels)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputError(
+            f"{name!r} is neither a packaged gold reward nor module:function",
+            where="--gold_reward",
+            mend="for example my_rewards:politeness, a function from a list of texts to a list of numbers",
+        )
+    try:
+        found: Callable[[Sequence[str]], Sequence[float]] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(str(error), where="--gold_reward", mend="check the module's name and that it can be imported") from error
+    return found

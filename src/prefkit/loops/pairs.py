@@ -1,0 +1,257 @@
+"""Training on stored pairs, with or without fresh samples of the policy: the task the training loop runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkit.domains.text.batches import micro_batches, step_batches
+from prefkit.domains.text.cache import Key, reference_table, tokens_fingerprint, weights_fingerprint
+from prefkit.domains.text.datasets import TextData
+from prefkit.domains.text.metrics import (
+    PairEvaluation,
+    SampleEvaluation,
+    pair_metrics,
+    summarize_pairs,
+    summarize_samples,
+)
+from prefkit.domains.text.policy import TextPolicy
+from prefkit.domains.text.sampler import Decoding, Sampler, sampler_for
+from prefkit.engine.run import Run
+from prefkit.engine.seeds import number
+from prefkit.objectives.margin import Hinge, Ipo, Kind, Logistic
+from prefkit.objectives.preference import nll
+from prefkit.protocols import Gold, Metrics, Trackable
+from prefkit.records import Group, HeldOut, Pair, Sample
+
+
+@dataclass(frozen=True)
+class Item:
+    """A stored pair of a batch and, for online methods, fresh answers to its online prompt."""
+
+    index: int
+    pair: Pair
+    samples: Sequence[Sample] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """Summed log-probs of a batch of pairs, (b,) each; `reference` is without gradient."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    num_chosen_tokens: Tensor
+    state_kl: Tensor | None = None
+    """(b, 2, t): exact KL of each next-token distribution along the stored answers, where asked for"""
+
+
+Objective = Callable[[PairScores, Sequence[Item], TextPolicy], tuple[Tensor, Metrics]]
+"""losses (b,) and further per-example metrics of one micro-batch"""
+
+
+KINDS: dict[str, Kind] = {"sigmoid": Logistic(), "ipo": Ipo(), "hinge": Hinge()}
+"""loss on the margin by the name `--loss_type` takes"""
+
+
+def extra_terms(config: Any, scores: PairScores) -> Tensor | float:
+    """What a Config adds to the loss on stored pairs for fair comparison: an SFT term, an offline KL; (b,) or 0."""
+    extra: Tensor | float = 0.0
+    if config.sft_weight:
+        extra = extra + config.sft_weight * nll(scores.chosen, scores.num_chosen_tokens)
+    if scores.state_kl is not None:
+        extra = extra + config.offline_kl_weight * scores.state_kl.sum(-1).mean(-1)
+    return extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSamples:
+    """Fresh answers drawn at every step: `num` to each online prompt, one prompt beside each stored pair."""
+
+    num: int
+    decoding: Decoding
+    seed: int
+    prompts: Sequence[Sequence[int]] = ()
+    """token ids of a separate prompt set; empty uses the prompts of the batch's pairs"""
+
+    def choose(self, step: int, pairs: Sequence[Pair], first: int, global_batch: int) -> list[Sequence[int]]:
+        """The online prompt of each of this process's pairs."""
+        if not self.prompts:
+            return [pair.prompt for pair in pairs]
+        seed = number(self.seed, "online prompts") % 2**31
+        rows = step_batches(len(self.prompts), step=step, global_batch=global_batch, seed=seed)
+        return [self.prompts[row] for row in rows[first : first + len(pairs)]]
+
+
+@dataclass(kw_only=True)
+class PairTask:
+    """Stored pairs, an objective on their scores, and optional fresh samples. See `protocols.Task`."""
+
+    policy: TextPolicy
+    sampler: Sampler
+    pairs: Sequence[Pair]
+    test: Sequence[Pair]
+    """held-out pairs that are reported"""
+    selection: Sequence[Pair] = ()
+    """held-out pairs that choose checkpoints; empty where nothing is chosen"""
+    objective: Objective
+    config: Any
+    """a Config with the groups of every text method and `beta`"""
+    own: OwnSamples | None = None
+    judges: Mapping[str, Gold] = field(default_factory=dict[str, Gold])
+    reference: Tensor | None = None
+    """(rows, 2) cached reference log-probs"""
+    with_state_kl: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_rows = len(self.pairs)
+        self.module: nn.Module = self.policy.module
+        self.micro = self.config.per_device_train_batch_size
+        world = self.policy.world
+        self.global_batch = self.micro * self.config.gradient_accumulation_steps * world.size
+        self._evaluations = {
+            False: self._evaluation(self.test, "test"),
+            True: self._evaluation(self.selection, "selection"),
+        }
+
+    def _evaluation(self, pairs: Sequence[Pair], name: str) -> tuple[PairEvaluation, SampleEvaluation]:
+        one_per_prompt = list({tuple(pair.prompt): pair for pair in pairs}.values())
+        scored = PairEvaluation(self.policy, pairs, beta=self.config.beta, batch_size=2 * self.micro)
+        sampled = SampleEvaluation(
+            self.policy,
+            self.sampler,
+            one_per_prompt[: self.config.num_eval_prompts],
+            decoding=Decoding.of(self.config),
+            seed=number(self.config.seed, name),
+            judges=dict(self.judges),
+            batch_size=2 * self.micro,
+        )
+        return scored, sampled
+
+    def tracked(self) -> Mapping[str, Trackable]:
+        return {"policy": self.policy}
+
+    def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[Item]]:
+        pairs = [self.pairs[row] for row in rows]
+        samples: Sequence[Sequence[Sample]] = [()] * len(pairs)
+        if self.own is not None:
+            self.sampler.refresh()
+            samples = self.sampler.sample(
+                self.own.choose(step, pairs, first, self.global_batch),
+                num=self.own.num,
+                decoding=self.own.decoding,
+                seed=self.own.seed,
+                path=("own", step),
+                rows=range(first, first + len(pairs)),
+            )
+        items = [Item(row, pair, own) for row, pair, own in zip(rows, pairs, samples, strict=True)]
+        return [[items[i] for i in places] for places in micro_batches(range(len(items)), self.micro)]
+
+    def compute(self, batch: Sequence[Item]) -> tuple[Tensor, Metrics]:
+        scores = self.score(batch)
+        losses, metrics = self.objective(scores, batch, self.policy)
+        log_probs = torch.stack([scores.chosen, scores.rejected], dim=1)
+        reference = torch.stack([scores.ref_chosen, scores.ref_rejected], dim=1)
+        return losses, {**pair_metrics(log_probs, reference, self.config.beta), **metrics}
+
+    def score(self, batch: Sequence[Item]) -> PairScores:
+        """Policy and reference log-probs of a micro-batch's stored pairs."""
+        groups = [item.pair.group for item in batch]
+        state_kl = None
+        if self.with_state_kl:
+            tokens, reference_tokens, kl = self.policy.state_kl(groups)
+            log_probs = tokens.sum(-1).view(len(groups), 2)
+            reference = reference_tokens.sum(-1).view(len(groups), 2)
+            state_kl = kl.view(len(groups), 2, -1)
+        else:
+            log_probs = self.policy.log_probs(groups)
+            if self.reference is not None:
+                reference = self.reference[[item.index for item in batch]].to(log_probs.device)
+            else:
+                reference = self.policy.reference_log_probs(groups)
+        return PairScores(
+            chosen=log_probs[:, 0],
+            rejected=log_probs[:, 1],
+            ref_chosen=reference[:, 0],
+            ref_rejected=reference[:, 1],
+            num_chosen_tokens=torch.tensor([len(item.pair.chosen) for item in batch], device=log_probs.device),
+            state_kl=state_kl,
+        )
+
+    def weight(self, batch: Sequence[Item]) -> float:
+        return float(len(batch))
+
+    def evaluate(self, *, selecting: bool = False) -> HeldOut:
+        scored, sampled = self._evaluations[selecting and bool(self.selection)]
+        pairs, samples = scored(), sampled()
+        metrics = summarize_pairs(pairs) | summarize_samples(samples, tuple(self.judges))
+        return HeldOut(metrics=metrics, pairs=pairs, samples=samples)
+
+    def save_final(self, directory: Path) -> Mapping[str, str | None]:
+        return self.policy.save_final(directory)
+
+
+def cached_reference(policy: TextPolicy, pairs: Sequence[Pair], path: Path, *, batch_size: int, say: Any) -> Tensor:
+    """(rows, 2) reference log-probs of the training pairs, from the run's cache or computed now."""
+    groups = [pair.group for pair in pairs]
+    with policy.reference.active() as module:
+        key: Key = {
+            "model": weights_fingerprint(module),
+            "reference": policy.reference.name,
+            "data, tokenizer or template": tokens_fingerprint(groups),
+            "dtype": str(policy.dtype),
+            "batch size": str(batch_size),
+        }
+    return reference_table(
+        path,
+        groups,
+        key,
+        score=policy.reference_log_probs,
+        batch_size=batch_size,
+        say=say,
+        write=policy.world.is_main,
+    )
+
+
+def own_groups(items: Sequence[Item]) -> list[Group]:
+    """The fresh answers of a micro-batch as scoring groups of k answers each."""
+    return [Group(item.samples[0].prompt, [sample.tokens for sample in item.samples]) for item in items]
+
+
+def pair_task(
+    config: Any,
+    data: TextData[Pair],
+    run: Run,
+    objective: Objective,
+    *,
+    model: Any = None,
+    judges: Mapping[str, Gold],
+    own: OwnSamples | None = None,
+) -> PairTask:
+    """Load the policy and its reference, and join them with the data and the objective."""
+    policy = TextPolicy.create(config, run.world, model=model, tokenizer=data.tokenizer)
+    run.say(f"policy {policy.describe()}; the reference is {policy.reference.name}")
+    reference = None
+    if config.precompute_ref_log_probs:
+        path = run.directory / "reference.safetensors"
+        micro = config.per_device_train_batch_size
+        reference = cached_reference(policy, data.train, path, batch_size=micro, say=run.say)
+    return PairTask(
+        policy=policy,
+        sampler=sampler_for(policy, config),
+        pairs=data.train,
+        test=data.test,
+        selection=data.selection,
+        objective=objective,
+        config=config,
+        own=own,
+        judges=judges,
+        reference=reference,
+        with_state_kl=config.offline_kl_weight > 0,
+    )

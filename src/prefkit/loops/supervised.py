@@ -1,0 +1,97 @@
+"""Maximum likelihood on stored answers: the task behind SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkit.domains.text.batches import micro_batches
+from prefkit.domains.text.metrics import SampleEvaluation, group_of, in_order, spread, summarize_samples
+from prefkit.domains.text.policy import TextPolicy
+from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.sampler import Decoding, Sampler
+from prefkit.engine.seeds import number
+from prefkit.protocols import Gold, Metrics, Trackable
+from prefkit.records import Example, HeldOut
+
+
+@dataclass(kw_only=True)
+class SupervisedTask:
+    """Prompt/completion rows and the negative log-likelihood of their answer tokens. See `protocols.Task`."""
+
+    policy: TextPolicy
+    sampler: Sampler
+    examples: Sequence[Example]
+    test: Sequence[Example]
+    selection: Sequence[Example]
+    config: Any
+    judges: Mapping[str, Gold] = field(default_factory=dict[str, Gold])
+
+    def __post_init__(self) -> None:
+        self.num_rows = len(self.examples)
+        self.module: nn.Module = self.policy.module
+        self.micro = self.config.per_device_train_batch_size
+
+    def tracked(self) -> Mapping[str, Trackable]:
+        return {"policy": self.policy}
+
+    def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[Example]]:
+        return [[self.examples[row] for row in piece] for piece in micro_batches(rows, self.micro)]
+
+    def compute(self, batch: Sequence[Example]) -> tuple[Tensor, Metrics]:
+        log_probs = self.policy.log_probs([example.group for example in batch])[:, 0]
+        return -log_probs, {"logps/completion": log_probs.detach()}
+
+    def weight(self, batch: Sequence[Example]) -> float:
+        return float(sum(len(example.completion) for example in batch))
+
+    def evaluate(self, *, selecting: bool = False) -> HeldOut:
+        examples = self.selection if selecting and self.selection else self.test
+        rows = self._likelihoods(examples)
+        samples = self._sampled(examples)()
+        metrics = summarize_samples(samples, tuple(self.judges))
+        if rows:
+            metrics["eval_loss"] = sum(row["nll"] for row in rows) / len(rows)
+        return HeldOut(metrics=metrics, pairs=rows, samples=samples)
+
+    @torch.no_grad()
+    def _likelihoods(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """One row per held-out completion: its mean negative log-likelihood per token, in nats."""
+        mine = spread(self.policy.world, len(examples)) if examples else []
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(mine), 2 * self.micro):
+            indices = mine[start : start + 2 * self.micro]
+            log_probs = self.policy.log_probs([examples[i].group for i in indices])[:, 0].tolist()
+            for i, log_prob in zip(indices, log_probs, strict=True):
+                source, tokens = examples[i].source, len(examples[i].completion)
+                rows.append(
+                    {
+                        "index": i,
+                        "row": source.row,
+                        "group": group_of(source.extra, source.row),
+                        "prompt": plain(source.prompt),
+                        "nll": -log_prob / tokens,
+                        "tokens": tokens,
+                    }
+                )
+        return in_order(self.policy.world, rows)
+
+    def _sampled(self, examples: Sequence[Example]) -> SampleEvaluation:
+        one_per_prompt = list({tuple(example.prompt): example for example in examples}.values())
+        return SampleEvaluation(
+            self.policy,
+            self.sampler,
+            one_per_prompt[: self.config.num_eval_prompts],
+            decoding=Decoding.of(self.config),
+            seed=number(self.config.seed, "evaluation"),
+            judges=self.judges,
+            batch_size=2 * self.micro,
+        )
+
+    def save_final(self, directory: Path) -> Mapping[str, str | None]:
+        return self.policy.save_final(directory)

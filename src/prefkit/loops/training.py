@@ -1,0 +1,168 @@
+"""One training run from prepared data to a finished run directory. It knows no model and no domain.
+
+    check data -> open the run -> measure the start model -> steps -> select -> measure -> write -> report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefkit.engine.files import read_json, write_json, write_text
+from prefkit.engine.learner import Learner
+from prefkit.engine.run import Run
+from prefkit.evaluation.stats import bootstrap
+from prefkit.protocols import Task
+from prefkit.records import HeldOut, Result
+
+INTERVALS = {
+    "margin": "eval_rewards/margins",
+    "accuracy": "eval_rewards/accuracies",
+    "nll": "eval_loss",
+    "log_ratio": "eval_objective/kl",
+    "gold": "eval_objective/gold",
+    "reward_model": "eval_objective/reward_model",
+}
+"""columns of evaluation rows that get a bootstrap interval, and the metric each is the mean of"""
+
+
+class Prepared(Protocol):
+    """Checked and tokenized data, whatever the domain."""
+
+    fingerprint: str
+    """sha256 of what is trained and evaluated on"""
+
+    def report(self) -> dict[str, Any]:
+        """What was found in the data, for data.json."""
+        ...
+
+    def forecast(self) -> Sequence[str]:
+        """Lines on the memory, time and disk the run will need."""
+        ...
+
+    def rows(self, step: int, rank: int, size: int) -> tuple[list[int], int]:
+        """A process's training rows at a step, and the place of the first in the global batch."""
+        ...
+
+    def total_steps(self, size: int) -> int:
+        """Optimizer steps of the whole run over `size` processes."""
+        ...
+
+    def steps_per_epoch(self, size: int) -> float: ...
+
+
+def run_task(config: Any, method: str, data: Prepared, make: Callable[[Run], Task]) -> Result:
+    """Train, evaluate and report. `make` builds the task (model included) once the run directory is open.
+
+    With `config.dry_run` only the forecasts are printed. Raises InputError for input that cannot be used.
+    """
+    if config.dry_run:
+        for line in data.forecast():
+            print(line)
+        return Result(directory=Path(config.output_dir), metrics={}, model=None, tokenizer=None)
+    with Run(config, method=method) as run:
+        run.fingerprint(data=data.fingerprint)
+        if run.world.is_main:
+            write_json(run.directory / "data.json", data.report())
+        task = make(run)
+        final = train(run, task, data)
+    if run.world.is_main:
+        _report(run.directory)
+    run.world.barrier()
+    policy: Any = task.tracked()["policy"]
+    return Result(directory=run.directory, metrics=final.metrics, model=policy.model, tokenizer=policy.tokenizer)
+
+
+def train(run: Run, task: Task, data: Prepared) -> HeldOut:
+    """The steps themselves, between two evaluations. Returns the final one."""
+    config, world = run.config, run.world
+    total = data.total_steps(world.size)
+    learner = Learner(task.module, config, total_steps=total, world=world)
+    run.track(**task.tracked(), learner=learner)
+    start = _start(run, task)
+    selecting = bool(config.keep_best or config.patience or config.stop_at_kl)
+    for step in run.steps(total, per_epoch=data.steps_per_epoch(world.size)):
+        rows, first = data.rows(step, world.rank, world.size)
+        run.log(learner.update(task.batches(step, rows, first), task.compute, weight=task.weight))
+        if config.eval_steps and run.due(config.eval_steps):
+            run.evaluated(task.evaluate(selecting=selecting).metrics)
+    run.finish()
+    run.say("measuring the trained model")
+    final = task.evaluate()
+    saved = task.save_final(run.directory)
+    if world.is_main:
+        _write(run, start, final)
+        result = read_json(run.directory / "result.json")
+        write_json(run.directory / "result.json", {**result, **saved})
+    return final
+
+
+def _start(run: Run, task: Task) -> HeldOut:
+    """The start model's evaluation: measured once, before the first step, and kept for resumed runs."""
+    path = run.directory / "evaluation" / "start.json"
+    if run.resumed_step:
+        return HeldOut(**read_json(path))
+    run.say("measuring the start model")
+    start = task.evaluate()
+    run.log(start.metrics)
+    if run.world.is_main:
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"metrics": dict(start.metrics), "pairs": list(start.pairs), "samples": list(start.samples)})
+    return start
+
+
+def _write(run: Run, start: HeldOut, final: HeldOut) -> None:
+    """evaluation.json with grouped bootstrap intervals, and the rows behind it."""
+    folder = run.directory / "evaluation"
+    samples = [_side_by_side(before, after) for before, after in zip(start.samples, final.samples, strict=True)]
+    write_text(folder / "pairs.jsonl", _jsonl(final.pairs))
+    write_text(folder / "samples.jsonl", _jsonl(samples))
+    intervals = _intervals(final.pairs, run.config.seed) | _intervals(final.samples, run.config.seed)
+    gains = {f"{name} (change)": _change(start.samples, final.samples, key, run.config.seed)
+             for key, name in INTERVALS.items() if key in ("gold", "reward_model") and _has(final.samples, key)}
+    report = {"start": dict(start.metrics), "final": dict(final.metrics), "intervals": intervals | gains}
+    write_json(run.directory / "evaluation.json", report)
+
+
+def _intervals(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    groups = [row["group"] for row in rows]
+    return {
+        name: bootstrap([row[key] for row in rows], groups, seed=seed).to_json()
+        for key, name in INTERVALS.items()
+        if _has(rows, key)
+    }
+
+
+def _change(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], key: str, seed: int) -> Any:
+    """Interval of the paired difference after - before on the same prompts and seeds."""
+    differences = [b[key] - a[key] for a, b in zip(before, after, strict=True)]
+    return bootstrap(differences, [row["group"] for row in after], seed=seed).to_json()
+
+
+def _has(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return bool(rows) and key in rows[0]
+
+
+def _side_by_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """One row with both answers; every judge's score carries _start and _final."""
+    row = {key: after[key] for key in ("index", "row", "group", "prompt")}
+    row |= {"answer_start": before["answer"], "answer_final": after["answer"]}
+    row |= {key: after[key] for key in ("log_ratio", "length", "finished") if key in after}
+    for key in sorted(set(after) - set(row) - {"answer"}):
+        row |= {f"{key}_start": before[key], f"{key}_final": after[key]}
+    return row
+
+
+def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _report(directory: Path) -> None:
+    """The page, the model card, and the summary on the terminal."""
+    from prefkit.report import card, page, table
+
+    card.write(directory)
+    page.write(directory)
+    table.print_summary(directory)

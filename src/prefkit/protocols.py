@@ -1,0 +1,63 @@
+"""What the packages ask of one another: protocols only, no implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from prefkit.records import HeldOut
+
+Metrics = dict[str, Tensor]
+"""per-example values, (b,) each"""
+
+Gold = Callable[[Sequence[str]], Sequence[float]]
+"""scores texts, higher is better"""
+
+
+class Trackable(Protocol):
+    """Something a checkpoint holds. Both are called on every process; only the main one writes."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Task(Protocol):
+    """What a training loop needs to know of a method on its data: the loop itself knows no model and no domain."""
+
+    num_rows: int
+    """training rows"""
+
+    module: nn.Module
+    """what is optimised"""
+
+    def tracked(self) -> Mapping[str, Trackable]:
+        """What checkpoints hold besides the optimizer, by name."""
+        ...
+
+    def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[Any]]:
+        """This process's micro-batches of a step.
+
+        rows: the training rows of this process; first: place of the first of them in the global batch, so that
+        sample seeds do not depend on the number of processes.
+        """
+        ...
+
+    def compute(self, batch: Sequence[Any]) -> tuple[Tensor, Metrics]:
+        """Losses (b,) of one micro-batch, to minimise, and metrics without gradient, (b,) each."""
+        ...
+
+    def weight(self, batch: Sequence[Any]) -> float:
+        """What a micro-batch counts for in the mean: its examples, or its tokens."""
+        ...
+
+    def evaluate(self, *, selecting: bool = False) -> HeldOut:
+        """Measure on held-out data; `selecting` uses the part that may choose checkpoints."""
+        ...
+
+    def save_final(self, directory: Path) -> Mapping[str, str | None]:
+        """Write the final model into the run directory; {"model": folder, "adapter": folder or None}."""
+        ...

@@ -1,0 +1,124 @@
+"""What each metric is called, means, and is compared with. `docs/metrics.md` lists the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`neutral` is the value that means 'nothing learned', where there is one; `better` is the good
+    direction.
+    """
+
+    label: str
+    meaning: str
+    better: str = ""
+    neutral: float | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(
+        "Loss", "what the optimizer minimises; for HyPO a surrogate whose value is not the KL", "lower"
+    ),
+    "grad_norm": Metric("Gradient norm", "global norm of the gradient before clipping"),
+    "learning_rate": Metric("Learning rate", "learning rate of the step"),
+    "epoch": Metric("Epoch", "passes over the training data so far"),
+    "num_tokens": Metric("Tokens", "training tokens seen so far"),
+    "rewards/accuracies": Metric(
+        "Implicit accuracy",
+        "share of pairs whose chosen answer has the higher reward, a tie counting 0.5",
+        "higher",
+        0.5,
+    ),
+    "rewards/margins": Metric("Reward margin", "mean of chosen minus rejected reward", "higher", 0.0),
+    "rewards/chosen": Metric(
+        "Reward of chosen", "mean beta x log-ratio (or reward) of the chosen answers", "", 0.0
+    ),
+    "rewards/rejected": Metric(
+        "Reward of rejected", "mean beta x log-ratio (or reward) of the rejected answers", "", 0.0
+    ),
+    "logps/chosen": Metric("Log-prob of chosen", "mean summed log-probability of the chosen answers, nats"),
+    "logps/rejected": Metric(
+        "Log-prob of rejected", "mean summed log-probability of the rejected answers, nats"
+    ),
+    "objective/kl": Metric(
+        "KL to the reference",
+        "mean log-ratio of whole own answers to the reference, nats per answer",
+        "lower",
+    ),
+    "objective/entropy": Metric("Entropy", "mean negative log-probability of own answers, nats per answer"),
+    "objective/scores": Metric("Reward-model score", "mean reward-model score of own answers", "higher"),
+    "mean_token_accuracy": Metric(
+        "Token accuracy", "share of answer tokens that are the model's first guess", "higher"
+    ),
+    "length": Metric("Answer length", "mean tokens of own answers"),
+    "finished": Metric("Finished answers", "share of own answers that ended before the token limit"),
+    "gold": Metric("Gold reward", "mean gold reward of own answers", "higher"),
+    "win_rate": Metric(
+        "Win rate over the start",
+        "share of prompts whose answer beats the start model's, a tie counting 0.5",
+        "higher",
+        0.5,
+    ),
+}
+
+HEADLINE = ("rewards/accuracies", "rewards/margins", "win_rate", "gold", "objective/scores", "loss")
+"""metrics that can lead the report, most telling first"""
+
+UNIMPORTANT = ("epoch", "num_tokens", "learning_rate", "grad_norm", "seconds", "step")
+
+
+def plain(name: str) -> str:
+    """The metric's name without the prefix `eval_`, which says where it was measured."""
+    return name.removeprefix("eval_")
+
+
+def metric(name: str) -> Metric:
+    """The glossary entry of a name such as `eval_rewards/margins` or `gold/win_rate`; unknown names label
+    themselves.
+    """
+    name = plain(name)
+    if name in METRICS:
+        return METRICS[name]
+    family, _, last = name.rpartition("/")
+    if last in METRICS and family:
+        known = METRICS[last]
+        return Metric(f"{known.label} ({family})", known.meaning, known.better, known.neutral)
+    if family in METRICS:
+        known = METRICS[family]
+        return Metric(f"{known.label} ({last})", known.meaning, known.better, known.neutral)
+    return Metric(name.replace("_", " ").replace("/", " / "), "")
+
+
+def number(value: float | int | None, *, digits: int = 3) -> str:
+    """A number for people: fixed digits in the middle range, scientific at the ends, a true minus sign."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
+        return f"{int(value):,}".replace("-", "−")
+    size = abs(value)
+    if size == 0 or 10**-digits <= size < 1000:
+        text = f"{value:.{digits if size < 100 else 1}f}"
+    elif size >= 1000 and size < 1e6:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.2e}"
+    if text.startswith("-") and not text.strip("-0."):
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def signed(value: float, *, digits: int = 3) -> str:
+    """A difference: like `number`, with its sign always shown."""
+    text = number(value, digits=digits)
+    return text if text.startswith("−") or not value else f"+{text}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '8 min 20 s'."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -1,0 +1,218 @@
+"""The report of one run: a single self-contained HTML page, figures and all."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from prefkit.errors import InputError
+from prefkit.report import curves, shapes, wording
+from prefkit.report.canvas import Figure
+from prefkit.report.metrics import number
+from prefkit.report.read import Row, Run, read
+
+MOST_SAMPLES = 40
+"""samples on the page; the files hold all of them"""
+
+Table = dict[str, Any]
+"""title, columns, numeric (names of right-aligned columns), rows, kind"""
+
+
+def write(directory: Path | str, out: Path | str | None = None) -> Path:
+    """Draws RUN/plots/*.png and writes the report page (RUN/report.html unless `out` is given). Returns its
+    path.
+    """
+    run = read(directory)
+    plots = run.directory / "plots"
+    figures = curves.draw(run, plots) + shapes.histograms(run, plots)
+    path = Path(out) if out is not None else run.directory / "report.html"
+    return save(render("run.html", context(run, figures, shapes.intervals(run, plots))), path)
+
+
+def context(run: Run, figures: Sequence[Figure], intervals: Figure | None) -> dict[str, Any]:
+    """Everything the template `run.html` shows."""
+    changed, unchanged = wording.settings(run)
+    change = wording.change_rows(run.main_evaluation)
+    return {
+        "title": f"{run.name}: prefkit report",
+        "version": run.version,
+        "run": run,
+        "heading": wording.headline(run),
+        "lede": wording.lede(run),
+        "facts": wording.facts(run),
+        "warnings": [*_warnings(run), *run.notes],
+        "verdicts_shown": wording.verdicts(run.main_evaluation),
+        "intervals": [embedded(intervals)] if intervals else [],
+        "split_note": wording.split_note(run),
+        "change": table(("Metric", "Start", "Final", "Change", "Interval of final"), change)
+        if change
+        else None,
+        "plots": [embedded(figure) for figure in figures],
+        "samples": [_sample(row) for row in run.samples[:MOST_SAMPLES]],
+        "samples_note": _samples_note(run),
+        "data": _data(run.data),
+        "problems": _problems(run.data),
+        "selection": wording.selection(run),
+        "command_list": wording.commands(run),
+        "environment": pairs(
+            [(name.removeprefix("versions/"), wording.shown(value)) for name, value in _flat(run.environment)]
+        ),
+        "changed": table(("Changed from the default", "Value", "Default"), changed, kind="pairs", numeric=())
+        if changed
+        else None,
+        "unchanged": pairs(unchanged) if unchanged else None,
+        "unchanged_title": f"{len(unchanged)} options at their defaults" if changed else "All options",
+    }
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A page from one of this package's templates; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("prefkit", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = resources.files("prefkit").joinpath("report", "page.css").read_text(encoding="utf-8")
+    return environment.get_template(template).render(css=Markup(css), **values)
+
+
+def save(html: str, path: Path) -> Path:
+    """Writes the page; a half-written page never replaces a whole one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot be written: {error.strerror}", where=str(path), mend="choose another --out"
+        ) from None
+    return path
+
+
+def embedded(figure: Figure) -> dict[str, Any]:
+    """A figure as a data URI with its size in CSS pixels (drawn at two pixels each)."""
+    content = figure.path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])  # the IHDR chunk stands first in every PNG
+    uri = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return {"uri": uri, "alt": figure.alt, "width": width // 2, "height": height // 2}
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    kind: str = "",
+    numeric: Sequence[str] | None = None,
+) -> Table:
+    """A table whose columns after the first are numbers unless `numeric` names others."""
+    chosen = columns[1:] if numeric is None else numeric
+    return {"title": title, "columns": columns, "numeric": chosen, "rows": rows, "kind": kind}
+
+
+def pairs(rows: Sequence[tuple[str, str]], *, title: str = "") -> Table:
+    """A table of names and values without a head."""
+    return {"title": title, "columns": (), "numeric": (), "rows": rows, "kind": "pairs"}
+
+
+def text_of(prompt: Any) -> str:
+    """A prompt as text: a conversation shows who says what."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in prompt)
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+def _warnings(run: Run) -> list[str]:
+    if run.result is None:
+        return ["This run has not finished. The page shows what it had written so far."]
+    if run.result.status != "complete":
+        return [f"This run ended early: {run.result.reason or run.result.status}."]
+    return []
+
+
+def _sample(row: Row) -> dict[str, str]:
+    remarks: list[str] = []
+    if row.get("group") not in (None, ""):
+        remarks.append(str(row["group"]))
+    if row.get("length") is not None:
+        remarks.append(f"{row['length']} tokens")
+    if row.get("finished") is False:
+        remarks.append("cut at the token limit")
+    if row.get("log_ratio") is not None:
+        remarks.append(f"log-ratio to the reference {number(row['log_ratio'], digits=2)} nats")
+    return {
+        "prompt": text_of(row["prompt"]),
+        "start": str(row.get("answer_start") or ""),
+        "final": str(row["answer_final"]),
+        "gold_start": number(row["gold_start"], digits=2) if row.get("gold_start") is not None else "",
+        "gold_final": number(row["gold_final"], digits=2) if row.get("gold_final") is not None else "",
+        "remarks": " · ".join(remarks),
+    }
+
+
+def _samples_note(run: Run) -> str:
+    count, total = min(len(run.samples), MOST_SAMPLES), len(run.samples)
+    which = (
+        f"The first {count} of {total} held-out prompts" if count < total else f"All {total} held-out prompts"
+    )
+    return f"{which}, in their order: nothing is picked by hand."
+
+
+def _data(data: Mapping[str, Any]) -> list[Table]:
+    """A table per part of the data report (train, held out), whatever it counted."""
+    tables: list[Table] = []
+    for title, part in _parts(data):
+        rows = [
+            (name.removeprefix("counts/").replace("_", " ").replace("/", ": "), wording.shown(value))
+            for name, value in _flat(part)
+            if not name.startswith("problems")
+        ]
+        if rows:
+            tables.append(pairs(rows, title=title))
+    return tables
+
+
+def _problems(data: Mapping[str, Any]) -> Table | None:
+    problems = [problem for _, part in _parts(data) for problem in part.get("problems", [])]
+    rows = [
+        (
+            str(p.get("level", "")),
+            str(p.get("where") or p.get("row", "")),
+            str(p.get("what", "")),
+            str(p.get("mend", "")),
+        )
+        for p in problems[:30]
+    ]
+    title = f"Problems ({len(problems)})" if len(problems) <= 30 else f"Problems (30 of {len(problems)})"
+    return table(("Level", "Where", "What", "Mend"), rows, title=title, numeric=()) if rows else None
+
+
+def _parts(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    if not data:
+        return []
+    nested = [(name, part) for name, part in data.items() if isinstance(part, dict) and "problems" in part]
+    return [(name.replace("_", " ").capitalize(), part) for name, part in nested] or [("", data)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Scalars of nested mappings under joined names; lists of objects are left to those who know them."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}/")
+        elif not (isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value)):
+            rows.append((f"{prefix}{name}", value))
+    return rows
