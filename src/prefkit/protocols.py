@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from prefkit.records import HeldOut
+from prefkit.records import HeldOut, Text
 
 Metrics = dict[str, Tensor]
 """per-example values, (b,) each"""
 
-Gold = Callable[[Sequence[str]], Sequence[float]]
-"""scores texts, higher is better"""
+Gold = Callable[[Sequence[Text], Sequence[str]], Sequence[float]]
+"""scores answers given their prompts, higher is better: (prompts, completions) -> numbers, as TRL's reward functions"""
 
 
 class Trackable(Protocol):
@@ -56,6 +56,10 @@ class Task(Protocol):
 
     def evaluate(self, *, selecting: bool = False) -> HeldOut:
         """Measure on held-out data; `selecting` uses the part that may choose checkpoints."""
+        ...
+
+    def finish(self) -> None:
+        """What training leaves to be done once its weights are final (centring rewards, say)."""
         ...
 
     def save_final(self, directory: Path) -> Mapping[str, str | None]:

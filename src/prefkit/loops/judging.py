@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefkit import assets
+from prefkit.domains.text.reward import RewardModel
 from prefkit.errors import InputError
 from prefkit.protocols import Gold
 
 
 def judges(config: Any) -> dict[str, Gold]:
-    """Scoring functions over texts by metric name: `gold`, `reward_model`. Empty where none is configured."""
+    """Scoring functions by metric name: `gold`, `reward_model`. Empty where none is configured."""
     found: dict[str, Gold] = {}
     if config.gold_reward:
         found["gold"] = gold(config.gold_reward, config.seed)
+    if config.reward_model:
+        found["reward_model"] = RewardModel.load(config.reward_model).judge
     return found
 
 
@@ -29,16 +32,17 @@ def gold(name: str, seed: int) -> Gold:
         from prefkit.feedback.gold import GoldSentiment
 
         reviews = review_pairs(seed)
-        return GoldSentiment(reviews.gold_texts, reviews.gold_labels)
+        sentiment = GoldSentiment(reviews.gold_texts, reviews.gold_labels)
+        return lambda prompts, completions: sentiment(completions)
     module, colon, function = name.partition(":")
     if not colon:
         raise InputError(
             f"{name!r} is neither a packaged gold reward nor module:function",
             where="--gold_reward",
-            mend="for example my_rewards:politeness, a function from a list of texts to a list of numbers",
+            mend="for example my_rewards:politeness, a function (prompts, completions) -> list of numbers",
         )
     try:
-        found: Callable[[Sequence[str]], Sequence[float]] = getattr(importlib.import_module(module), function)
+        found: Callable[..., Sequence[float]] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(str(error), where="--gold_reward", mend="check the module's name and that it can be imported") from error
-    return found
+    return lambda prompts, completions: found(prompts=prompts, completions=completions)

@@ -193,6 +193,9 @@ class PairTask:
         metrics = summarize_pairs(pairs) | summarize_samples(samples, tuple(self.judges))
         return HeldOut(metrics=metrics, pairs=pairs, samples=samples)
 
+    def finish(self) -> None:
+        """Nothing: the last step's weights are final."""
+
     def save_final(self, directory: Path) -> Mapping[str, str | None]:
         return self.policy.save_final(directory)
 

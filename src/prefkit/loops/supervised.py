@@ -93,5 +93,8 @@ class SupervisedTask:
             batch_size=2 * self.micro,
         )
 
+    def finish(self) -> None:
+        """Nothing: the last step's weights are final."""
+
     def save_final(self, directory: Path) -> Mapping[str, str | None]:
         return self.policy.save_final(directory)

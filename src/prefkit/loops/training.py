@@ -89,6 +89,7 @@ def train(run: Run, task: Task, data: Prepared) -> HeldOut:
         if config.eval_steps and run.due(config.eval_steps):
             run.evaluated(task.evaluate(selecting=selecting).metrics)
     run.finish()
+    task.finish()
     run.say("measuring the trained model")
     final = task.evaluate()
     saved = task.save_final(run.directory)
@@ -117,7 +118,8 @@ def _write(run: Run, start: HeldOut, final: HeldOut) -> None:
     """evaluation.json with grouped bootstrap intervals, and the rows behind it."""
     folder = run.directory / "evaluation"
     samples = [_side_by_side(before, after) for before, after in zip(start.samples, final.samples, strict=True)]
-    write_text(folder / "pairs.jsonl", _jsonl(final.pairs))
+    rows = "completions.jsonl" if _has(final.pairs, "nll") else "pairs.jsonl"
+    write_text(folder / rows, _jsonl(final.pairs))
     write_text(folder / "samples.jsonl", _jsonl(samples))
     intervals = _intervals(final.pairs, run.config.seed) | _intervals(final.samples, run.config.seed)
     gains = {f"{name} (change)": _change(start.samples, final.samples, key, run.config.seed)

@@ -155,7 +155,8 @@ class SampleEvaluation:
             rows += new
         rows = in_order(self.policy.world, rows)
         for name, judge in self.judges.items():
-            scores = judge([row["answer"] for row in rows])
+            prompts = [self.prompts[row["index"]].source.prompt for row in rows]
+            scores = judge(prompts, [row["answer"] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 row[name] = float(score)
         return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,11 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from prefkit.domains.text import loading
+from prefkit.domains.text import loading, weights
 from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy, Reference, without_dropout
 from prefkit.domains.text.scoring import LanguageModel, causal_lm, check_scoring, lay_out, logit_transform
 from prefkit.engine.precision import resolve_dtype
-from prefkit.engine.sharding import full_state, load_state, shard
+from prefkit.engine.sharding import shard
 from prefkit.engine.world import World
 from prefkit.errors import InputError
 from prefkit.records import Group
@@ -140,10 +139,6 @@ class TextPolicy:
         return self._reference
 
     @property
-    def quantised(self) -> bool:
-        return getattr(causal_lm(self.model), "hf_quantizer", None) is not None
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.module.dtype
 
@@ -194,73 +189,20 @@ class TextPolicy:
 
     def save(self, folder: Path) -> None:
         """Write the trained weights in Hugging Face layout: the adapter with LoRA, else the whole model."""
-        state = full_state(self.module, names=self._trained_names())
-        if not self.world.is_main:
-            return
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        if self.uses_adapter:
-            self.model.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
-        else:
-            self.model.save_pretrained(folder, state_dict=state)
-        self.tokenizer.save_pretrained(folder)
+        weights.save(self.module, self.tokenizer, folder, world=self.world, adapter=self.uses_adapter)
 
     def load(self, folder: Path) -> None:
         """Put the weights that `save` wrote back into this policy, bit for bit."""
-        from safetensors.torch import load_file
-
-        files = sorted(folder.glob("adapter_model.safetensors" if self.uses_adapter else "model*.safetensors"))
-        state: dict[str, Tensor] = {}
-        for file in files:
-            state.update(load_file(file))
-        if self.uses_adapter:
-            # peft's files leave the adapter's name out of the parameter names.
-            state = {name.replace(".weight", ".default.weight"): tensor for name, tensor in state.items()}
-        state = {f"model.{name}": tensor for name, tensor in state.items()}
-        load_state(self.module, state, names=self._trained_names())
-
-    def _trained_names(self) -> set[str] | None:
-        """The adapter's tensors, or None for all: what a checkpoint holds."""
-        if not self.uses_adapter:
-            return None
-        return {name for name in self.module.state_dict() if ".default." in name}
-
-    def save_merged(self, folder: Path) -> None:
-        """Write a stock model folder with the adapter merged in: the base of the next stage.
-
-        The base is read again in its stored precision, so that the merge loses nothing to a bfloat16 copy.
-        """
-        if not self.uses_adapter:
-            self.save(folder)
-            return
-        state = full_state(self.module, names=self._trained_names())
-        if not self.world.is_main:
-            return
-        merged = self._merge({name.removeprefix("model."): tensor for name, tensor in state.items()})
-        merged.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        weights.load(self.module, folder, adapter=self.uses_adapter)
 
     def save_final(self, directory: Path) -> dict[str, str | None]:
-        """Write DIRECTORY/adapter where LoRA was used, and DIRECTORY/model, the base of the next stage.
-
-        A quantised base cannot take a merge: there the adapter alone is the result.
-        """
-        adapter = "adapter" if self.uses_adapter else None
-        if adapter:
-            self.save(directory / adapter)
-        if self.quantised:
-            return {"model": None, "adapter": adapter}
-        self.save_merged(directory / "model")
-        return {"model": "model", "adapter": adapter}
-
-    def _merge(self, adapter: dict[str, Tensor]) -> Any:
-        from peft import PeftModel, set_peft_model_state_dict
-        from transformers import AutoModelForCausalLM
-
-        if self.source:
-            base = AutoModelForCausalLM.from_pretrained(self.source, dtype="auto")
-            model: Any = PeftModel(base, self.model.peft_config["default"])
-            plain = {name.replace(".default.", "."): tensor for name, tensor in adapter.items()}
-            set_peft_model_state_dict(model, plain)
-        else:
-            model = copy.deepcopy(self.model)
-        return model.merge_and_unload(safe_merge=True)
+        """Write DIRECTORY/adapter where LoRA was used, and DIRECTORY/model, the base of the next stage."""
+        return weights.save_final(
+            self.module,
+            self.tokenizer,
+            directory,
+            world=self.world,
+            adapter=self.uses_adapter,
+            source=self.source,
+            kind="causal",
+        )

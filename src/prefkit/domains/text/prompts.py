@@ -120,7 +120,7 @@ def _follows(previous: str, role: str) -> str:
         return ""
     if role == previous:
         return f"two {role} turns in a row"
-    return f"a {role} turn {f'after the {previous} turn' if previous else 'comes first'}"
+    return f"{_article(role)} {role} turn {f'after the {previous} turn' if previous else 'comes first'}"
 
 
 def plain(text: Text) -> str:
@@ -133,3 +133,7 @@ def plain(text: Text) -> str:
 def last_content(text: Text) -> str:
     """The string itself, or what the last message says."""
     return text if isinstance(text, str) else (text[-1].get("content") or "" if text else "")
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeio" else "a"

@@ -1,0 +1,204 @@
+"""A reward model over text: a transformers sequence-classification model with one output.
+
+The reward is read at the last token of prompt + answer (the end-of-sequence token of a whole answer), found by
+counting and not by looking for padding, so that any padding and pad == eos are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from prefkit.domains.text import loading, weights
+from prefkit.domains.text.config import Lora, Model
+from prefkit.domains.text.reference import without_dropout
+from prefkit.domains.text.scoring import causal_lm
+from prefkit.domains.text.tokenize import tokenize_completions
+from prefkit.engine.precision import autocast, resolve_dtype
+from prefkit.engine.seeds import generator
+from prefkit.engine.sharding import shard
+from prefkit.engine.world import World
+from prefkit.errors import InputError
+from prefkit.records import Completion, Group, Text
+
+MEAN = "prefkit_reward_mean"
+"""key of config.json that holds the mean reward of reference answers, subtracted from every reward"""
+HEADS = ("score", "classifier")
+
+
+class RewardModule(nn.Module):
+    """Rewards of token sequences; the module the learner trains and the engine shards."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor, last: Tensor) -> Tensor:
+        """Right-padded ids (n, s) and the place of each row's last token (n,) -> rewards (n,), float32."""
+        inner: Any = causal_lm(self.model)
+        with autocast(self.dtype, ids.device):
+            hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = hidden[torch.arange(len(ids), device=ids.device), last]
+        head = inner.score if "score" in dict(inner.named_children()) else inner.classifier
+        # The head is tiny, and its differences are the training signal: float32.
+        return nn.functional.linear(hidden.float(), *_float_weights(head))[:, 0]
+
+
+def _float_weights(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear head in float32, whichever wrapper peft has put around it."""
+    active = head.modules_to_save["default"] if "modules_to_save" in dict(head.named_children()) else head
+    bias = active.bias
+    return active.weight.float(), None if bias is None else bias.float()
+
+
+class RewardModel:
+    """A reward model with its tokenizer. Scores are centred: reference answers have mean 0 once `centre` has run."""
+
+    def __init__(self, module: RewardModule, tokenizer: Any, *, world: World, source: str, adapter: bool) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.world = world
+        self.source = source
+        self.uses_adapter = adapter
+
+    @classmethod
+    def create(cls, options: Any, world: World, *, model: Any = None, tokenizer: Any = None) -> Self:
+        """A fresh head on any causal LM (or a given model), to be trained. Raises InputError."""
+        source = "" if model is not None else loading.resolve(options.model_name_or_path)
+        dtype = resolve_dtype(options.dtype, world.device)
+        if tokenizer is None:
+            tokenizer = loading.load_tokenizer(options, source)
+        if model is None:
+            model = loading.load_model(options, options, source, dtype, kind="reward")
+        elif "lm_head" in dict(model.named_children()) or "embed_out" in dict(model.named_children()):
+            model = _from_causal(model)
+        _reset_head(model, options.seed)
+        _name_pad(model, tokenizer)
+        if options.use_peft:
+            model = loading.add_adapter(model, options, options, modules_to_save=["score"])
+        without_dropout(model)
+        model.eval()
+        if options.gradient_checkpointing:
+            model.train()
+            inner: Any = causal_lm(model)
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            inner.enable_input_require_grads()
+        module = RewardModule(model, dtype).to(world.device)
+        shard(module, world)
+        return cls(module, loading.prepare_tokenizer(tokenizer), world=world, source=source, adapter=options.use_peft)
+
+    @classmethod
+    def load(cls, name: str, *, device: str | torch.device = "", dtype: str = "auto") -> Self:
+        """A trained sequence-classification model with one output: folder, run directory or Hub id."""
+        source = loading.resolve(name)
+        options = Model(model_name_or_path=name, dtype="auto")
+        world = World.start()
+        place = torch.device(device) if device else world.device
+        compute = resolve_dtype(dtype, place, training=False)
+        model = loading.load_model(options, Lora(use_peft=True), source, compute, kind="reward")
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"{name} has {model.config.num_labels} outputs, a reward model has one",
+                where="--reward_model",
+                mend="train one with `prefkit reward`",
+            )
+        without_dropout(model)
+        module = RewardModule(model.eval().requires_grad_(False), compute).to(place)
+        return cls(module, loading.load_tokenizer(options, source), world=world, source=source, adapter=False)
+
+    @property
+    def model(self) -> Any:
+        return self.module.model
+
+    @property
+    def mean(self) -> float:
+        """Mean reward of reference answers before centring."""
+        return float(getattr(causal_lm(self.model).config, MEAN, 0.0) or 0.0)
+
+    def centre(self, mean: float) -> None:
+        """Subtract `mean` from every reward from now on; it is saved with the model."""
+        setattr(causal_lm(self.model).config, MEAN, mean)
+
+    def rewards(self, groups: Sequence[Group]) -> Tensor:
+        """(b, K) centred rewards of every answer of every group, float32, with gradient."""
+        rows = [[*group.prompt, *answer] for group in groups for answer in group.answers]
+        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        device = next(self.module.parameters()).device
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        return self.module(ids.to(device), last).view(len(groups), -1) - self.mean
+
+    @torch.no_grad()
+    def judge(self, prompts: Sequence[Text], completions: Sequence[str], *, batch_size: int = 16) -> list[float]:
+        """Centred rewards of answers given as text; the model's own tokenizer and template are used."""
+        rows = [
+            Completion(
+                prompt=prompt,
+                completion=answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}],
+                row=i,
+            )
+            for i, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        longest = getattr(causal_lm(self.model).config, "max_position_embeddings", 1 << 20)
+        examples = tokenize_completions(self.tokenizer, rows, max_length=longest)
+        scores: list[float] = []
+        for start in range(0, len(examples), batch_size):
+            groups = [example.group for example in examples[start : start + batch_size]]
+            scores += self.rewards(groups)[:, 0].tolist()
+        return scores
+
+    def save(self, folder: Path) -> None:
+        weights.save(self.module, self.tokenizer, folder, world=self.world, adapter=self.uses_adapter)
+
+    def restore(self, folder: Path) -> None:
+        weights.load(self.module, folder, adapter=self.uses_adapter)
+
+    def save_final(self, directory: Path) -> dict[str, str | None]:
+        """Write DIRECTORY/model as a stock sequence-classification folder (and DIRECTORY/adapter with LoRA)."""
+        return weights.save_final(
+            self.module,
+            self.tokenizer,
+            directory,
+            world=self.world,
+            adapter=self.uses_adapter,
+            source=self.source,
+            kind="reward",
+            extra_config={MEAN: self.mean},
+        )
+
+
+def _reset_head(model: Any, seed: int) -> None:
+    """Fresh head weights from N(0, 1/(hidden + 1)), the same for the same seed."""
+    head = model.score
+    size = head.weight.shape[-1]
+    drawn = torch.randn(head.weight.shape, generator=generator(seed, "reward head")) / (size + 1) ** 0.5
+    with torch.no_grad():
+        head.weight.copy_(drawn)
+
+
+def _name_pad(model: Any, tokenizer: Any) -> None:
+    """Give config.json a pad token other than EOS where the vocabulary has one.
+
+    transformers' own sequence classifier reads the last token that is not padding: with pad == eos it would read the
+    token before the end of a whole answer. Our own reading does not depend on it.
+    """
+    ends = tokenizer.eos_token_id
+    others = [i for i in tokenizer.all_special_ids if i != ends]
+    pad = tokenizer.pad_token_id
+    model.config.pad_token_id = others[0] if pad in (None, ends) and others else pad
+
+
+def _from_causal(model: Any) -> Any:
+    """A sequence-classification model around a causal LM given in memory; the backbone's weights are shared."""
+    from transformers import AutoModelForSequenceClassification
+
+    settings = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})
+    made: Any = AutoModelForSequenceClassification.from_config(settings)
+    made.base_model.load_state_dict(model.base_model.state_dict())
+    return made

@@ -1,0 +1,109 @@
+"""Weights to and from Hugging Face folders: whole models, adapters, and adapters merged into their base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from prefkit.engine.sharding import full_state, load_state
+from prefkit.engine.world import World
+
+Kind = Literal["causal", "reward"]
+PREFIX = "model."
+"""the transformers model is the attribute `model` of every module the engine trains"""
+
+
+def save(module: nn.Module, tokenizer: Any, folder: Path, *, world: World, adapter: bool) -> None:
+    """Write the trained weights: the adapter, or the whole model. Every process must call it."""
+    state = full_state(module, names=_trained(module, adapter))
+    if not world.is_main:
+        return
+    model: Any = module.model
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    if adapter:
+        model.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
+    else:
+        model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+def load(module: nn.Module, folder: Path, *, adapter: bool) -> None:
+    """Put back what `save` wrote, bit for bit; InputError where the weights do not fit."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")):
+        state.update(load_file(file))
+    names = _trained(module, adapter)
+    if adapter:
+        state = _with_adapter_name(module, state)
+    else:
+        state = {PREFIX + name: tensor for name, tensor in state.items()}
+    load_state(module, state, names=names)
+
+
+def save_final(
+    module: nn.Module,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    world: World,
+    adapter: bool,
+    source: str,
+    kind: Kind,
+    extra_config: Mapping[str, Any] | None = None,
+) -> dict[str, str | None]:
+    """Write DIRECTORY/adapter where LoRA was used, and DIRECTORY/model with the adapter merged.
+
+    A quantised base cannot take a merge: there the adapter alone is the result. Gives the names of what was written.
+    """
+    if not adapter:
+        save(module, tokenizer, directory / "model", world=world, adapter=False)
+        return {"model": "model", "adapter": None}
+    save(module, tokenizer, directory / "adapter", world=world, adapter=True)
+    wrapped: Any = module.model
+    if getattr(wrapped.get_base_model(), "hf_quantizer", None) is not None:
+        return {"model": None, "adapter": "adapter"}
+    if world.is_main:
+        if source:
+            merged = merge(_load_base(source, kind), directory / "adapter")
+        else:
+            merged = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
+        for name, value in (extra_config or {}).items():
+            setattr(merged.config, name, value)
+        merged.save_pretrained(directory / "model")
+        tokenizer.save_pretrained(directory / "model")
+    return {"model": "model", "adapter": "adapter"}
+
+
+def merge(base: Any, adapter: Path) -> Any:
+    """A base model with an adapter folder merged into its weights, in the base's own precision."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+
+
+def _load_base(source: str, kind: Kind) -> Any:
+    """The base in its stored precision, so that the merge loses nothing to a bfloat16 copy."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if kind == "reward":
+        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype="auto")
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+
+
+def _trained(module: nn.Module, adapter: bool) -> set[str] | None:
+    """The adapter's tensors, or None for all: what a checkpoint holds."""
+    if not adapter:
+        return None
+    return {name for name in module.state_dict() if ".default." in name}
+
+
+def _with_adapter_name(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """peft leaves the adapter's name out of the names in its files; here they are the module's own again."""
+    own = {name.replace(".default.", ".").replace(".modules_to_save.", "."): name for name in _trained(module, True) or ()}
+    return {own.get(PREFIX + name, PREFIX + name): tensor for name, tensor in state.items()}
