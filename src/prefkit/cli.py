@@ -65,6 +65,7 @@ def dispatch(words: Sequence[str]) -> int:
     if name in modules("methods"):
         return run_method(name, rest)
     if name in modules("commands"):
+        quiet()
         return int(load("commands", name).main(rest))
     from prefkit.options import unknown
 
@@ -75,6 +76,7 @@ def run_method(name: str, rest: Sequence[str]) -> int:
     """Parses the options of a method and runs it."""
     from prefkit import flags
 
+    quiet()
     method = load("methods", name)
     description = (method.__doc__ or name).strip()
     config, preset = flags.parse(
@@ -89,6 +91,18 @@ def run_method(name: str, rest: Sequence[str]) -> int:
             raise KeyboardInterrupt(f"continue with: prefkit resume {config.output_dir}") from None
         raise
     return 0
+
+
+def quiet() -> None:
+    """One progress bar on the terminal, ours, and no call home: read by the libraries when they are imported."""
+    settings = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def modules(package: str) -> dict[str, Path]:

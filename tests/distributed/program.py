@@ -1,6 +1,6 @@
 """Five steps of a tiny causal LM, launched as one or two processes; writes what the tests compare.
 
-    python program.py OUTPUT_DIR [--lora] [--stop-after STEP]
+python program.py OUTPUT_DIR [--lora] [--stop-after STEP]
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Policy:
             if isinstance(self.module, LlamaForCausalLM):
                 self.module.save_pretrained(folder, state_dict=state)
             else:
-                save_file({name: value for name, value in state.items() if "lora" in name}, folder / "lora.safetensors")
+                save_file(
+                    {name: value for name, value in state.items() if "lora" in name},
+                    folder / "lora.safetensors",
+                )
 
     def load(self, folder: Path, /) -> None:
         path = folder / ("model.safetensors" if isinstance(self.module, LlamaForCausalLM) else "lora.safetensors")

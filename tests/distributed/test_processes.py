@@ -1,4 +1,6 @@
-"""Two processes equal one, whole (gloo) or sharded (FSDP2), and what a sharded run writes is an ordinary model."""
+"""Two processes equal one, whole (gloo) or sharded (FSDP2), and what a sharded run writes is an ordinary
+model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LAUNCHES = Path(prefkit.__file__).parent / "commands" / "accelerate"
 
 
 def launch(directory: Path, how: str, *options: str, code: int = 0) -> Path:
-    """Run the program by itself (`one`) or under `accelerate launch` with a shipped file; checks its exit code."""
+    """Run the program by itself (`one`) or under `accelerate launch` with a shipped file; checks its exit
+    code.
+    """
     command = [sys.executable]
     if how != "one":
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
@@ -29,7 +33,11 @@ def launch(directory: Path, how: str, *options: str, code: int = 0) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(prefkit.__file__).parents[1])
     done = subprocess.run(
-        [*command, str(PROGRAM), str(directory), *options], env=environment, capture_output=True, text=True, timeout=120
+        [*command, str(PROGRAM), str(directory), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
     return directory
@@ -103,6 +111,6 @@ def test_an_fsdp2_run_that_stopped_continues_bit_for_bit(ran, tmp_path: Path) ->
 def test_fsdp2_with_lora_equals_one_process(ran) -> None:
     one, two = ran("one", "--lora"), ran("fsdp2", "--lora")
     assert facts(two)["sharded"] == [True]
-    # Adam turns rounding in the smallest gradients into whole steps, so weights are compared through the losses
+    # Adam turns rounding in the smallest gradients into whole steps: the losses stand for the weights
     assert_alike(one, two, parameters=False)
     assert facts(two)["answers"] == facts(one)["answers"]

@@ -134,7 +134,7 @@ def _show_memory(options: argparse.Namespace, report: Report, *, sequences: int)
     if "total" in report.lengths:
         show_memory(
             shape_of(resolve(options.model)),
-            report.lengths["total"],
+            report.lengths,
             rows=sequences * options.batch,
             lora_r=options.lora_r,
         )

@@ -1,8 +1,8 @@
 """Adafactor (Shazeer and Stern, 2018, arXiv 1804.04235) with the learning rate given from outside.
 
-The second moment of a matrix is kept as one row and one column of averages instead of a number per weight. Neither
-the paper's relative step size nor its parameter scaling is used, so `learning_rate` means what it means for AdamW;
-there is no first moment.
+The second moment of a matrix is kept as one row and one column of averages instead of a number per weight.
+Neither the paper's relative step size nor its parameter scaling is used, so `learning_rate` means what it
+means for AdamW; there is no first moment.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from torch import Tensor
 class Adafactor(torch.optim.Optimizer):
     """Algorithm 4 with update clipping at root mean square 1 and second-moment decay 1 - t^-0.8.
 
-    State per weight: `step` (0-dim), and `row` and `column` averages over the last two dimensions, or `second` of
-    the weight's own shape for vectors.
+    State per weight: `step` (0-dim), and `row` and `column` averages over the last two dimensions, or
+    `second` of the weight's own shape for vectors.
     """
 
-    def __init__(
-        self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, tiny: float = 1e-30
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, tiny: float = 1e-30) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "tiny": tiny})
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
 """Checkpoints: folders `checkpoint-N` that are whole or absent, holding safetensors and JSON only.
 
-A folder is filled under a temporary name; `manifest.json`, written last, lists every file with its size and sha256;
-then the folder gets its name. Every tracked object writes its own files into the one folder, so that it is a plain
-Hugging Face model folder with `optimizer.safetensors` and `trainer_state.json` beside the weights.
+A folder is filled under a temporary name; `manifest.json`, written last, lists every file with its size and
+sha256; then the folder gets its name. Every tracked object writes its own files into the one folder, so that
+it is a plain Hugging Face model folder with `optimizer.safetensors` and `trainer_state.json` beside the
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class Tracked(Protocol):
-    """Something whose state belongs into a checkpoint. Both are called on every process; only the main one writes."""
+    """Something whose state belongs into a checkpoint. Both are called on every process; only the main one
+    writes.
+    """
 
     def save(self, folder: Path, /) -> None: ...
     def load(self, folder: Path, /) -> None: ...
@@ -30,7 +33,9 @@ class Tracked(Protocol):
 
 @runtime_checkable
 class Sized(Protocol):
-    """A tracked object that knows the bytes it adds to a checkpoint, for the look at free space before training."""
+    """A tracked object that knows the bytes it adds to a checkpoint, for the look at free space before
+    training.
+    """
 
     @property
     def nbytes(self) -> int: ...
@@ -48,10 +53,9 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def write(
-    directory: Path, step: int, tracked: Mapping[str, Tracked], state: Mapping[str, Any], world: World
-) -> None:
-    """Write `checkpoint-step` at once, replacing one of that name; InputError on every process when the disk is full.
+def write(directory: Path, step: int, tracked: Mapping[str, Tracked], state: Mapping[str, Any], world: World) -> None:
+    """Write `checkpoint-step` at once, replacing one of that name; InputError on every process when the disk
+    is full.
 
     An error while writing leaves no partial checkpoint and no older one touched.
     """
@@ -99,9 +103,11 @@ def problem(folder: Path) -> str:
 
 
 def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
-    """The newest whole checkpoint's step (None when there never was one), and a line for each damaged newer one.
+    """The newest whole checkpoint's step (None when there never was one), and a line for each damaged newer
+    one.
 
-    Raises InputError when checkpoints are there and none is whole: starting again from nothing is the user's call.
+    Raises InputError when checkpoints are there and none is whole: starting again from nothing is the user's
+    call.
     """
     damaged: list[str] = []
     for step in reversed(steps_in(directory)):
@@ -123,7 +129,8 @@ def read_state(directory: Path, step: int) -> dict[str, Any]:
 
 
 def rotate(directory: Path, keep: int, protected: Iterable[int] = ()) -> None:
-    """Delete all but the `keep` newest checkpoints, the protected ones, and those a kept one names as its best.
+    """Delete all but the `keep` newest checkpoints, the protected ones, and those a kept one names as its
+    best.
 
     `keep` 0 deletes nothing.
     """
@@ -133,12 +140,19 @@ def rotate(directory: Path, keep: int, protected: Iterable[int] = ()) -> None:
     kept = set(steps[-keep:])
     needed = kept | set(protected)
     for step in kept:
-        best = read_state(directory, step).get("selection", {}).get("best")
-        if best is not None:
-            needed.add(int(best["step"]))
+        best = _best_named_in(directory, step)
+        needed |= set() if best is None else {best}
     for step in steps:
         if step not in needed:
             files.discard(path_of(directory, step))
+
+
+def _best_named_in(directory: Path, step: int) -> int | None:
+    try:
+        best = read_state(directory, step)["selection"]["best"]
+    except (InputError, KeyError):  # a damaged checkpoint names nothing, and a healthy run goes on
+        return None
+    return None if best is None else int(best["step"])
 
 
 def size_of(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The run directory: made, recognised, refused, or emptied; and which options may change between two starts."""
+"""The run directory: made, recognised, refused or emptied; and which options may differ between starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN_FILES = (
     "data.json",
     "evaluation.json",
     "evaluation",
-    "reference",
+    "reference.safetensors",
     "model",
     "adapter",
     "report.html",
@@ -48,9 +48,7 @@ def prepare(directory: Path, *, method: str, preset: str, values: Mapping[str, A
     options differ (each differing option is named). Call on the main process.
     """
     if directory.exists() and not directory.is_dir():
-        raise InputError(
-            "is a file, not a folder", where=f"--output_dir {directory}", mend="choose another name"
-        )
+        raise InputError("is a file, not a folder", where=f"--output_dir {directory}", mend="choose another name")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,9 +85,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if name == "max_steps" and isinstance(before, int) and isinstance(now, int) and now > max(before, 0):
             continue
         note = " (may grow, not shrink)" if name == "max_steps" else ""
-        absent = [
-            where for where, values in (("the earlier run", old), ("this one", new)) if name not in values
-        ]
+        absent = [where for where, values in (("the earlier run", old), ("this one", new)) if name not in values]
         change = f"unknown to {absent[0]}" if absent else f"{before!r} -> {now!r}"
         found.append(f"{name}: {change}{note}")
     return found
@@ -103,9 +99,7 @@ def _run_in(directory: Path) -> dict[str, Any] | None:
     return content if isinstance(content.get("config"), dict) and "method" in content else None
 
 
-def _refuse_differences(
-    directory: Path, earlier: Mapping[str, Any], *, method: str, values: Mapping[str, Any]
-) -> None:
+def _refuse_differences(directory: Path, earlier: Mapping[str, Any], *, method: str, values: Mapping[str, Any]) -> None:
     found = differences(earlier["config"], values)
     if earlier["method"] != method:
         found.insert(0, f"method: {earlier['method']!r} -> {method!r}")
@@ -126,8 +120,4 @@ def _empty(directory: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (
-        path.is_dir()
-        and path.name.startswith("checkpoint-")
-        and path.name.removeprefix("checkpoint-").isdigit()
-    )
+    return path.is_dir() and path.name.startswith("checkpoint-") and path.name.removeprefix("checkpoint-").isdigit()

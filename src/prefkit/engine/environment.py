@@ -64,7 +64,9 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def command() -> str:
-    """The command line: the program's bare name, and paths relative to where it ran, to home, or by last name."""
+    """The command line: the program's bare name, and paths relative to where it ran, to home, or by last
+    name.
+    """
     program = Path(sys.argv[0]).name if sys.argv else ""
     if program in ("__main__.py", "-m", ""):
         program = "python -m prefkit" if program == "__main__.py" else "python"

@@ -75,7 +75,7 @@ def sha256(path: Path) -> str:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or folder; a folder first loses its name, so that a kill never leaves half of it behind."""
+    """Delete a file or folder; a folder first loses its name, so that a kill never leaves half of one."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():

@@ -1,7 +1,7 @@
 """From per-example losses to one optimizer step, the same whatever the micro-batches and processes.
 
-The gradient is that of (sum of all losses) / (sum of all weights) over every micro-batch and every process, so that
-N small batches equal one big one and P processes equal one. Nothing here waits for the device.
+The gradient is that of (sum of all losses) / (sum of all weights) over every micro-batch and every process,
+so that N small batches equal one big one and P processes equal one. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Learner:
         self._config, self._world, self._total = config, world, total_steps
         self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         if not self._weights:
-            raise InputError(
-                "nothing is trainable: every weight is frozen", mend="train a LoRA adapter (--use_peft)"
-            )
+            raise InputError("nothing is trainable: every weight is frozen", mend="train a LoRA adapter (--use_peft)")
         self._sharded = any(isinstance(weight, DTensor) for weight in self._weights.values())
         self._optimizer = optimizers.build(config, self._weights, sharded=self._sharded)
         self._metric_names: list[str] | None = None
@@ -66,22 +64,20 @@ class Learner:
     ) -> dict[str, Tensor]:
         """One optimizer step over this process's micro-batches.
 
-        `compute` gives per-example losses (b,) and per-example metrics {name: (b,)}; `weight` is what a batch adds to
-        the divisor (its examples; its target tokens for token means). Under FSDP2 every process must bring the
-        same number of micro-batches. With several processes the metrics must have the same names at every step.
+        `compute` gives per-example losses (b,) and per-example metrics {name: (b,)}; `weight` is what a batch
+        adds to the divisor (its examples; its target tokens for token means). Under FSDP2 every process must
+        bring the same number of micro-batches. With several processes the metrics must have the same names at
+        every step.
 
-        Returns 0-dim tensors: `loss`, `grad_norm` (before clipping), `learning_rate`, and every metric averaged
-        over all examples.
+        Returns 0-dim tensors: `loss`, `grad_norm` (before clipping), `learning_rate`, and every metric
+        averaged over all examples.
         """
-        divisor = torch.tensor(float(sum(weight(batch) for batch in batches)), device=self._world.device)
-        self._world.all_sum(divisor)
+        divisor = self._world.all_sum(self._scalar(sum(weight(batch) for batch in batches)))
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for batch in batches:
             losses, metrics = compute(batch)
-            assert losses.ndim == 1, (
-                f"compute must give one loss per example, not shape {tuple(losses.shape)}"
-            )
+            assert losses.ndim == 1, f"compute must give one loss per example, not shape {tuple(losses.shape)}"
             (losses.sum() / divisor).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 total = values.detach().float().sum()
@@ -91,7 +87,7 @@ class Learner:
         norm = self._apply(rate)
         self.step += 1
         averages = self._averages(sums, counts, divisor)
-        rate_now = torch.tensor(rate, dtype=torch.float64, device=self._world.device)
+        rate_now = self._scalar(rate, dtype=torch.float64)
         return {"loss": averages.pop("loss"), "grad_norm": norm, "learning_rate": rate_now, **averages}
 
     def save(self, folder: Path, /) -> None:
@@ -109,17 +105,13 @@ class Learner:
         if self._world.is_main:
             save_file(tensors, folder / "optimizer.safetensors")
             optim = optimizers.canonical(self._config.optim)
-            files.write_json(
-                folder / "optimizer.json", {"optim": optim, "step": self.step, "numbers": numbers}
-            )
+            files.write_json(folder / "optimizer.json", {"optim": optim, "step": self.step, "numbers": numbers})
 
     def load(self, folder: Path, /) -> None:
         """Take up what `save` wrote; InputError when it belongs to another optimizer or other weights."""
         about = files.read_json(folder / "optimizer.json")
         if about["optim"] != optimizers.canonical(self._config.optim):
-            raise InputError(
-                f"holds the state of {about['optim']}, not of {self._config.optim}", where=str(folder)
-            )
+            raise InputError(f"holds the state of {about['optim']}, not of {self._config.optim}", where=str(folder))
         state: dict[str, dict[str, Any]] = {}
         for key, value in (*self._stored(folder), *about["numbers"].items()):
             name, _, part = key.rpartition("::")
@@ -165,24 +157,25 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _averages(
-        self, sums: dict[str, Tensor], counts: Mapping[str, int], divisor: Tensor
-    ) -> dict[str, Tensor]:
-        """Averages over all examples of all processes, in one reduction; the loss is divided by the weights."""
+    def _averages(self, sums: dict[str, Tensor], counts: Mapping[str, int], divisor: Tensor) -> dict[str, Tensor]:
+        """Averages over all examples of all processes, in one reduction; the loss is over the weights."""
         names = self._agreed_names(sums)
-        zero = torch.zeros((), device=self._world.device)
-        packed = torch.stack(
-            [sums.get(name, zero).to(zero.device) for name in names]
-            + [torch.tensor(float(counts.get(name, 0)), device=zero.device) for name in names]
-        )
-        self._world.all_sum(packed)
-        totals, numbers = packed.chunk(2)
+        zero = self._scalar(0)
+        packed = [sums.get(name, zero).to(zero.device) for name in names]
+        packed += [self._scalar(counts.get(name, 0)) for name in names]
+        totals, numbers = self._world.all_sum(torch.stack(packed)).chunk(2)
         values = dict(zip(names, (totals / numbers).unbind(), strict=True))
         values["loss"] = totals[names.index("loss")] / divisor
         return values
 
+    def _scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A number on the device, filled in there: copying it over would wait for the device."""
+        return torch.full((), value, dtype=dtype, device=self._world.device)
+
     def _agreed_names(self, sums: Mapping[str, Tensor]) -> list[str]:
-        """The metric names in an order that every process shares: agreed at the first step, fixed from then on."""
+        """The metric names in an order that every process shares: agreed at the first step, fixed from then
+        on.
+        """
         if self._world.size == 1:
             return list(sums)
         if self._metric_names is None:

@@ -38,9 +38,7 @@ def canonical(name: str) -> str:
     return NAMES[name]
 
 
-def build(
-    config: Optimisation, weights: Mapping[str, nn.Parameter], *, sharded: bool
-) -> torch.optim.Optimizer:
+def build(config: Optimisation, weights: Mapping[str, nn.Parameter], *, sharded: bool) -> torch.optim.Optimizer:
     """The optimizer of `config.optim` over named weights; vectors (biases, norms) get no weight decay.
 
     Raises InputError when bitsandbytes is missing, and for optimizers that cannot work on sharded weights.
@@ -77,8 +75,8 @@ def build(
 def learning_rate(config: Optimisation, step: int, total: int) -> float:
     """The learning rate of 1-based `step` of `total`.
 
-    It rises linearly over the first `warmup_ratio` of the steps (step 1 of w already trains, at 1/w of the peak),
-    then falls to 0 after the last step (linear), along half a cosine, or stays.
+    It rises linearly over the first `warmup_ratio` of the steps (step 1 of w already trains, at 1/w of the
+    peak), then falls to 0 after the last step (linear), along half a cosine, or stays.
     """
     warmup = math.ceil(config.warmup_ratio * total)
     if step <= warmup:
@@ -91,13 +89,9 @@ def learning_rate(config: Optimisation, step: int, total: int) -> float:
     return config.learning_rate * (1 - done)
 
 
-def state_of(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, Any]]:
+def state_of(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
     """The optimizer's state by weight name: tensors, and numbers as Python values."""
-    return {
-        name: dict(optimizer.state[weight]) for name, weight in weights.items() if optimizer.state.get(weight)
-    }
+    return {name: dict(optimizer.state[weight]) for name, weight in weights.items() if optimizer.state.get(weight)}
 
 
 def restore(

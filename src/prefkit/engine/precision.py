@@ -16,9 +16,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def resolve_dtype(name: str, device: str | torch.device, *, training: bool = True) -> torch.dtype:
     """The dtype of the forward pass; `auto` is bfloat16 where the device does it well and float32 elsewhere.
 
-    What trains, optimizer state, log-softmax and sums stay float32 whatever this returns. Raises InputError for an
-    unknown name, and for float16 in training: its gradients underflow without loss scaling, which the engine does
-    not do.
+    What trains, optimizer state, log-softmax and sums stay float32 whatever this returns. Raises InputError
+    for an unknown name, and for float16 in training: its gradients underflow without loss scaling, which the
+    engine does not do.
     """
     if name == "auto":
         return torch.bfloat16 if _does_bfloat16_well(torch.device(device)) else torch.float32

@@ -48,9 +48,7 @@ class Bar:
         self.done = step
         if metrics:
             self._metrics = "  ".join(
-                f"{name.split('/')[-1]} {value:.4g}"
-                for name in SHOWN
-                if isinstance(value := metrics.get(name), float)
+                f"{name.split('/')[-1]} {value:.4g}" for name in SHOWN if isinstance(value := metrics.get(name), float)
             )
         if not self.visible:
             return
@@ -79,9 +77,7 @@ class Bar:
         if steps == 0 or seconds == 0:
             return self._metrics
         rate = steps / seconds
-        return (
-            f"{self._metrics}  {rate:.3g} steps/s  {duration((self.total - self.done) / rate)} left".strip()
-        )
+        return f"{self._metrics}  {rate:.3g} steps/s  {duration((self.total - self.done) / rate)} left".strip()
 
 
 def duration(seconds: float) -> str:

@@ -9,43 +9,39 @@
                 run.evaluated(evaluate(policy))
         run.finish()
 
-Everything random must depend on (seed, step, row) alone; the global generators are reseeded before each step, so
-that a step's numbers do not depend on what ran before it in this process.
+Everything random must depend on (seed, step, row) alone; the global generators are reseeded before each step,
+so that a step's numbers do not depend on what ran before it in this process.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prefkit.engine import checkpoint, directory, environment, files, seeds, trackers
 from prefkit.engine.checkpoint import Tracked
 from prefkit.engine.journal import Journal
 from prefkit.engine.progress import Bar, duration
+from prefkit.engine.row import Row, read
 from prefkit.engine.selection import Selection
 from prefkit.engine.world import World
 from prefkit.errors import InputError
 from prefkit.options import to_json
 
-CHECKED = ("loss", "grad_norm")
-"""values that must be finite at every step"""
-
 
 class Run:
-    """One training run in one directory. Every method is called on every process; only the main one writes."""
+    """One training run in one directory. Every process calls every method; only the main one writes."""
 
     def __init__(self, config: Any, *, method: str, preset: str = "") -> None:
         """Open the run directory, new or used.
 
-        `config` is a dataclass with the fields of Optimisation, Selection and Output. Raises InputError when the
-        directory cannot take this run, and for trackers that are not installed.
+        `config` is a dataclass with the fields of Optimisation, Selection and Output. Raises InputError when
+        the directory cannot take this run, and for trackers that are not installed.
         """
         self.config = config
         self.method, self.preset = method, preset
@@ -61,9 +57,8 @@ class Run:
         self._fingerprints: dict[str, str] = {}
         self._restored: dict[str, Any] | None = None
         self._step = self._total = 0
-        self._in_step = self._best_now = False
-        self._row: dict[str, float | Tensor] = {}
-        self._unchecked: list[tuple[int, str, Tensor]] = []
+        self._in_step = self._best_now = self._looked = False
+        self._row = Row()
         self._per_epoch: float | None = None
         self._stop = ""
         self._last_saved = -1
@@ -74,9 +69,7 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
         trackers.finish(self._trackers)
@@ -87,11 +80,13 @@ class Run:
         (self._bar or Bar(total=0, done=0, visible=self.world.is_main)).say(text)
 
     def track(self, **objects: Tracked) -> None:
-        """Name the objects that checkpoints hold; if there is a whole checkpoint, they are restored from the newest.
+        """Name the objects that checkpoints hold; if there is a whole checkpoint, they are restored from the
+        newest.
 
-        Raises InputError when no checkpoint is whole, when the run was started with another number of processes or
-        other data (see `fingerprint`), and when the disk has no room for two checkpoints.
+        Raises InputError when no checkpoint is whole, when the run was started with another number of
+        processes or other data (see `fingerprint`), and when the disk has no room for two checkpoints.
         """
+        self._looked = True
         self._tracked.update(objects)
         step, damaged = self.world.on_main(lambda: checkpoint.newest_whole(self.directory))
         for line in damaged:
@@ -106,12 +101,12 @@ class Run:
                 for later in checkpoint.steps_in(self.directory):
                     if later > step:
                         files.discard(checkpoint.path_of(self.directory, later))
-        self.world.on_main(
-            lambda: files.require_space(self.directory, 2 * self._checkpoint_bytes(), what="training")
-        )
+        self.world.on_main(lambda: files.require_space(self.directory, 2 * self._checkpoint_bytes(), what="training"))
 
     def fingerprint(self, **names: str) -> None:
-        """What the run depends on besides its options (`data=sha`); a different value on resume is an InputError."""
+        """What the run depends on besides its options (`data=sha`); a different value on resume is an
+        InputError.
+        """
         self._fingerprints.update(names)
         before = (self._restored or {}).get("fingerprints", {})
         for name, value in names.items():
@@ -125,12 +120,12 @@ class Run:
     def steps(self, total: int, *, per_epoch: float | None = None) -> Iterator[int]:
         """The steps to do, from 1 or after the restored one to `total`; `per_epoch` is the steps in an epoch.
 
-        After each loop body: the row is written if due, values are checked to be finite, the checkpoint is written
-        if due. Leave the loop with `stop`, never with `break`.
+        After each loop body: the row is written if due, values are checked to be finite, the checkpoint is
+        written if due. Leave the loop with `stop`, never with `break`.
         """
         self._total, self._per_epoch = total, per_epoch
-        if not self._tracked:
-            self._cut_rows(0)
+        if not self._looked:
+            self.track()
         self._check_total(total)
         if self.world.is_main:
             if self._step < total:  # an earlier, shorter run's result is no longer true
@@ -143,11 +138,13 @@ class Run:
                 after=self.resumed_step,
             )
         self._bar = Bar(total=total, done=self._step, visible=self.world.is_main)
-        self._flush_outside()
+        if self._row.values and self.resumed_step == 0:
+            self._write_row(self._row.values)
         while self._step < total and not self._stop:
             self._step += 1
             seeds.seed_everything(self.config.seed, "step", self._step, self.world.rank)
-            self._row, self._in_step = {}, True
+            self._row.clear()
+            self._in_step = True
             yield self._step
             self._end_step()
         self._bar.close()
@@ -155,18 +152,11 @@ class Run:
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Add values to the row of this step; 0-dim tensors are read only if the row is written.
 
-        Before the loop the row is that of step 0 (left out when the run continues: it stands there already); after
-        the loop each call writes a row of its own.
+        Before the loop the row is that of step 0 (left out when the run continues: it stands there already);
+        after the loop each call writes a row of its own.
         """
-        if self._in_step:
-            self._row.update(values)
-            self._unchecked += [
-                (self._step, name, value.detach())
-                for name, value in values.items()
-                if name in CHECKED and isinstance(value, Tensor)
-            ]
-        elif self._total == 0:
-            self._row.update(values)
+        if self._in_step or self._total == 0:
+            self._row.add(self._step, values)
         else:
             self._write_row(values)
 
@@ -184,7 +174,7 @@ class Run:
             return
         improved, reason = self._selection.evaluated(self._step, values)
         self._best_now = self._best_now or improved
-        self._row["_evaluated"] = 1.0
+        self._row.evaluated = True
         if reason:
             self.stop(reason)
 
@@ -193,7 +183,7 @@ class Run:
         self._stop = self._stop or reason
 
     def finish(self, *, model: str = "model", adapter: str | None = None) -> dict[str, Any]:
-        """Load the selected checkpoint if that is not the last step, write result.json, and give its content."""
+        """Load the selected checkpoint if it is not the last step's; write result.json, give its content."""
         best = self._selection.best
         selected = int(best["step"]) if best is not None else self._step
         if selected != self._step:
@@ -213,9 +203,7 @@ class Run:
             "adapter": adapter,
         }
         self.world.on_main(lambda: files.write_json(self.directory / directory.RESULT, result))
-        self.say(
-            f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}"
-        )
+        self.say(f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}")
         return result
 
     def _open(self) -> bool:
@@ -240,8 +228,8 @@ class Run:
         state = checkpoint.read_state(self.directory, step)
         if state["processes"] != self.world.size:
             raise InputError(
-                f"this run was started with {state['processes']} process(es) and is continued with {self.world.size}; "
-                "sums would be taken in another order and the numbers would differ",
+                f"this run was started with {state['processes']} process(es) and is continued with "
+                f"{self.world.size}; sums would be taken in another order and the numbers would differ",
                 where=str(self.directory),
                 mend=f"launch {state['processes']} process(es), or choose another --output_dir",
             )
@@ -260,9 +248,7 @@ class Run:
     def _cut_rows(self, rows: int) -> None:
         found = self.world.on_main(lambda: self._journal.cut(rows))
         if found < rows:
-            self.say(
-                f"{directory.METRICS} lacks {rows - found} rows that were written: it was changed by hand"
-            )
+            self.say(f"{directory.METRICS} lacks {rows - found} rows that were written: it was changed by hand")
 
     def _check_total(self, total: int) -> None:
         if total < 1:
@@ -277,43 +263,30 @@ class Run:
             self.say(f"it had stopped ({self._stop}); more steps are asked for, so it goes on")
             self._stop = ""
 
-    def _flush_outside(self) -> None:
-        row, self._row = self._row, {}
-        if row and self.resumed_step == 0:
-            self._write_row(row)
-
     def _end_step(self) -> None:
-        evaluated = self._row.pop("_evaluated", None) is not None
         save = self._best_now or self.due(self.config.save_steps)
-        write = evaluated or save or self.due(self.config.logging_steps)
-        if write:
+        write = self._row.evaluated or self.due(self.config.logging_steps)
+        if write or save:
             self._check_finite()
         self._in_step = False
-        shown: dict[str, float] = {}
-        if evaluated or self.due(self.config.logging_steps):
-            shown = self._write_row(self._row)
+        shown = self._write_row(self._row.values) if write else {}
         if self._bar is not None:
             self._bar.update(self._step, shown)
         if save:
             self._save()
 
     def _check_finite(self) -> None:
-        """Read the losses and gradient norms since the last look in one transfer; the first bad one ends the run."""
-        entries, self._unchecked = self._unchecked, []
-        if not entries:
-            return
-        numbers = torch.stack([value.double() for _, _, value in entries]).tolist()
-        for (step, name, _), number in zip(entries, numbers, strict=True):
-            if not math.isfinite(number):
-                kept = f"checkpoint-{self._last_saved}" if self._last_saved > 0 else "none was written yet"
-                raise InputError(
-                    f"{name} is {number} at step {step}: training has diverged (last checkpoint: {kept})",
-                    where=str(self.directory),
-                    mend="start anew in another --output_dir with a lower --learning_rate, or look at that step's data",
-                )
+        bad = self._row.first_bad()
+        if bad:
+            kept = f"checkpoint-{self._last_saved}" if self._last_saved > 0 else "none was written yet"
+            raise InputError(
+                f"{bad}: training has diverged (last checkpoint: {kept})",
+                where=str(self.directory),
+                mend="use another --output_dir with a lower --learning_rate, or look at that step's data",
+            )
 
     def _write_row(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
-        row = _read(values)
+        row = read(values)
         epoch = {} if self._per_epoch is None else {"epoch": round(self._step / self._per_epoch, 6)}
         if self.world.is_main:
             full = {"step": self._step, **epoch, **row, "seconds": round(self._seconds(), 3)}
@@ -358,13 +331,3 @@ class Run:
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
-
-
-def _read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """All values as floats; the tensors among them come over in one transfer."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    numbers: list[float] = []
-    if tensors:
-        numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
-    read = dict(zip(tensors, numbers, strict=True))
-    return {name: read[name] if name in read else float(value) for name, value in values.items()}

@@ -34,7 +34,10 @@ class Selection:
             )
 
     def metric(self, values: Mapping[str, float]) -> str:
-        """The full name of the metric that selects; InputError listing what there is when it is not among `values`."""
+        """The full name of the metric that selects.
+
+        Raises InputError, listing what there is, when it is not among `values`.
+        """
         wanted = self.keep_best.removeprefix("-")
         for name in (wanted, f"eval_{wanted}"):
             if name in values:
@@ -57,7 +60,7 @@ class Selection:
             )
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> tuple[bool, str]:
-        """Take in one evaluation; gives whether it is the best so far, and a reason to stop or an empty string."""
+        """Take in one evaluation; gives whether it is the best so far, and a reason to stop or nothing."""
         self.check(values)
         improved, reason = False, ""
         if self.keep_best:
@@ -81,9 +84,9 @@ class Selection:
             return "last step"
         if self.best is None:
             return f"last step (keep_best {self.keep_best}: no evaluation had a finite value)"
-        name = self.keep_best.removeprefix("-")
-        lowest = "lowest" if self.keep_best.startswith("-") else "best"
-        return f"{lowest} eval_{name.removeprefix('eval_')} over {self.evaluations} evaluations"
+        name = self.keep_best.removeprefix("-").removeprefix("eval_")
+        direction = ", lower is better" if self.keep_best.startswith("-") else ""
+        return f"best eval_{name} over {self.evaluations} evaluations{direction}"
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best, "evaluations": self.evaluations}

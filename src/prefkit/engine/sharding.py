@@ -1,7 +1,7 @@
 """Weights spread over processes by FSDP2, whole where they must be: for sampling and in files.
 
-`accelerate` (1.15) quietly falls back to plain data parallelism when FSDP is asked for on CPU, so the engine applies
-`torch.distributed.fsdp.fully_shard` itself, on every device.
+`accelerate` (1.15) quietly falls back to plain data parallelism when FSDP is asked for on CPU, so the engine
+applies `torch.distributed.fsdp.fully_shard` itself, on every device.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ _gathered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def shard(module: nn.Module, world: World) -> nn.Module:
-    """Shard `module` in place, one unit per repeated block and one for the rest; unchanged unless the launch shards.
+    """Shard `module` in place, one unit per repeated block and one for the rest; unchanged unless the launch
+    shards.
 
-    Call it once the module is complete (adapters attached) and on its device, before its Learner is built. From then
-    on its weights are whole only inside the forward pass of `module` itself, called as `module(...)`, and inside
-    `gathered`; a part called by itself (a head, an embedding) finds pieces.
-    Raises InputError for quantised weights, which cannot be cut.
+    Call it once the module is complete (adapters attached) and on its device, before its Learner is built.
+    From then on its weights are whole only inside the forward pass of `module` itself, called as
+    `module(...)`, and inside `gathered`; a part called by itself (a head, an embedding) finds pieces. Raises
+    InputError for quantised weights, which cannot be cut.
     """
     if not world.sharded:
         return module
@@ -55,7 +56,8 @@ def shard(module: nn.Module, world: World) -> nn.Module:
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks of every outermost list of like modules that holds a fifth of all weights or more.
 
-    These are the decoder layers of a causal LM (encoder and decoder layers where there are both), whatever wraps it.
+    These are the decoder layers of a causal LM (encoder and decoder layers where there are both), whatever
+    wraps it.
     """
     floor = sum(weight.numel() for weight in module.parameters()) / 5
     found: list[nn.Module] = []
@@ -63,11 +65,7 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     def look(parent: nn.Module) -> None:
         for child in parent.children():
             blocks = list(child.children())
-            alike = (
-                isinstance(child, nn.ModuleList)
-                and len(blocks) > 1
-                and len({type(block) for block in blocks}) == 1
-            )
+            alike = isinstance(child, nn.ModuleList) and len(blocks) > 1 and len({type(block) for block in blocks}) == 1
             if alike and sum(weight.numel() for weight in child.parameters()) >= floor:
                 found.extend(blocks)
             else:
@@ -83,9 +81,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[nn.Module]:
-    """Whole weights inside the block: one all-gather per unit at its start, none per token, pieces again after it.
+    """Whole weights inside the block: one all-gather per unit at its start, none per token, pieces again
+    after it.
 
-    Every process must enter. For sampling and scoring without gradients; free for a module that is not sharded.
+    Every process must enter. For sampling and scoring without gradients; free for a module that is not
+    sharded.
     """
     units = [part for part in module.modules() if isinstance(part, FSDPModule)]
     if not units or module in _gathered:
@@ -105,7 +105,8 @@ def gathered(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def full_state(module: nn.Module, *, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The whole state dict: on the CPU of the main process when sharded (elsewhere empty), otherwise as it is.
+    """The whole state dict: on the CPU of the main process when sharded (elsewhere empty), otherwise as it
+    is.
 
     `names` takes only these (an adapter's, say). A collective call when sharded: every process must make it.
     """
@@ -121,9 +122,11 @@ def full_state(module: nn.Module, *, names: Collection[str] | None = None) -> di
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], *, names: Collection[str] | None = None) -> None:
-    """Copy whole tensors into the module, sharded or not; tensors count on the main process, the rest receive them.
+    """Copy whole tensors into the module, sharded or not; tensors count on the main process, the rest receive
+    them.
 
-    `names`: the module's tensors that `state` must hold, all by default. Raises InputError when the main process's names or shapes are not the module's; of tied weights one name is enough.
+    `names`: the module's tensors that `state` must hold, all by default. Raises InputError when the main
+    process's names or shapes are not the module's; of tied weights one name is enough.
     """
     world = World.start()
     own = module.state_dict(keep_vars=True)
@@ -146,14 +149,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def piece(value: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole `value` that this process holds, placed as `like` is; `value` itself if that is whole."""
+    """The part of a whole `value` that this process holds, placed as `like` is; `value` itself if that is
+    whole.
+    """
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _sources(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each distinct tensor of the module, one of its names and the name in `state` that holds its value."""
+    """For each distinct tensor of the module, one of its names and the name in `state` of its value."""
     aliases: dict[int, list[str]] = {}
     for name, target in own.items():
         aliases.setdefault(id(target), []).append(name)
@@ -168,9 +173,7 @@ def _sources(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str
     strange = [name for name in state if name not in own]
     if missing or strange:
         what = f"lacks {missing[0]}" if missing else f"has {strange[0]}, which the model lacks"
-        raise InputError(
-            f"the saved weights do not fit the model: it {what} ({len(missing) + len(strange)} in all)"
-        )
+        raise InputError(f"the saved weights do not fit the model: it {what} ({len(missing) + len(strange)} in all)")
     for name, value in state.items():
         if tuple(value.shape) != tuple(own[name].shape):
             raise InputError(f"the saved {name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")

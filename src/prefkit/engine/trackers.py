@@ -19,9 +19,7 @@ def names_of(report_to: str) -> list[str]:
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     for name in names:
         if name not in KNOWN:
-            raise InputError(
-                f"unknown tracker {name!r}", where="--report_to", mend=f"choose none, {', '.join(KNOWN)}"
-            )
+            raise InputError(f"unknown tracker {name!r}", where="--report_to", mend=f"choose none, {', '.join(KNOWN)}")
         if importlib.util.find_spec(name) is None:
             raise InputError(f"{name} is not installed", where="--report_to", mend=f"pip install {name}")
     return names
@@ -30,7 +28,9 @@ def names_of(report_to: str) -> list[str]:
 def start(
     names: list[str], directory: Path, *, title: str, config: Mapping[str, Any], after: int
 ) -> list[GeneralTracker]:
-    """Open trackers on the main process; points past step `after` of an earlier start are dropped where possible."""
+    """Open trackers on the main process; points past step `after` of an earlier start are dropped where
+    possible.
+    """
     opened: list[GeneralTracker] = []
     for name in names:
         if name == "tensorboard":

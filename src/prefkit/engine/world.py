@@ -1,7 +1,7 @@
 """The processes of a run: who we are, and the few collectives a run needs.
 
-`accelerate` sets the processes up (plain `python`, `accelerate launch`, `torchrun`); one process is the ordinary
-case, and every function here is then free.
+`accelerate` sets the processes up (plain `python`, `accelerate launch`, `torchrun`); one process is the
+ordinary case, and every function here is then free.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ class World:
         state = PartialState(cpu=_asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         if fresh and dist.is_initialized():
             atexit.register(state.destroy_process_group)
-        size = int(state.num_processes)
-        return cls(
-            rank=int(state.process_index), size=size, device=state.device, sharded=sharded and size > 1
-        )
+        rank, size, device = int(state.process_index), int(state.num_processes), state.device
+        assert device is not None, "accelerate sets a device"
+        return cls(rank=rank, size=size, device=device, sharded=sharded and size > 1)
 
     @property
     def is_main(self) -> bool:

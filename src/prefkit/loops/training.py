@@ -14,6 +14,7 @@ from prefkit.engine.files import read_json, write_json, write_text
 from prefkit.engine.learner import Learner
 from prefkit.engine.run import Run
 from prefkit.evaluation.stats import bootstrap
+from prefkit.evaluation.winrate import from_scores
 from prefkit.protocols import Task
 from prefkit.records import HeldOut, Result
 
@@ -22,8 +23,8 @@ INTERVALS = {
     "accuracy": "eval_rewards/accuracies",
     "nll": "eval_loss",
     "log_ratio": "eval_objective/kl",
-    "gold": "eval_objective/gold",
-    "reward_model": "eval_objective/reward_model",
+    "gold": "eval_gold",
+    "reward_model": "eval_objective/scores",
 }
 """columns of evaluation rows that get a bootstrap interval, and the metric each is the mean of"""
 
@@ -31,11 +32,17 @@ INTERVALS = {
 class Prepared(Protocol):
     """Checked and tokenized data, whatever the domain."""
 
-    fingerprint: str
-    """sha256 of what is trained and evaluated on"""
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what is trained and evaluated on."""
+        ...
 
     def report(self) -> dict[str, Any]:
         """What was found in the data, for data.json."""
+        ...
+
+    def describe(self) -> Sequence[str]:
+        """Lines on what was found in the data."""
         ...
 
     def forecast(self) -> Sequence[str]:
@@ -44,6 +51,10 @@ class Prepared(Protocol):
 
     def rows(self, step: int, rank: int, size: int) -> tuple[list[int], int]:
         """A process's training rows at a step, and the place of the first in the global batch."""
+        ...
+
+    def num_tokens(self, step: int, size: int) -> int:
+        """Stored tokens that a step trains on, over all processes."""
         ...
 
     def total_steps(self, size: int) -> int:
@@ -59,13 +70,15 @@ def run_task(config: Any, method: str, data: Prepared, make: Callable[[Run], Tas
     With `config.dry_run` only the forecasts are printed. Raises InputError for input that cannot be used.
     """
     if config.dry_run:
-        for line in data.forecast():
+        for line in [*data.describe(), *data.forecast()]:
             print(line)
         return Result(directory=Path(config.output_dir), metrics={}, model=None, tokenizer=None)
     with Run(config, method=method) as run:
         run.fingerprint(data=data.fingerprint)
         if run.world.is_main:
             write_json(run.directory / "data.json", data.report())
+        for line in data.describe():
+            run.say(line)
         task = make(run)
         final = train(run, task, data)
     if run.world.is_main:
@@ -83,8 +96,11 @@ def train(run: Run, task: Task, data: Prepared) -> HeldOut:
     run.track(**task.tracked(), learner=learner)
     start = _start(run, task)
     selecting = bool(config.keep_best or config.patience or config.stop_at_kl)
+    tokens = sum(data.num_tokens(step, world.size) for step in range(1, run.resumed_step + 1))
     for step in run.steps(total, per_epoch=data.steps_per_epoch(world.size)):
         rows, first = data.rows(step, world.rank, world.size)
+        tokens += data.num_tokens(step, world.size)
+        run.log({"num_tokens": float(tokens)})
         run.log(learner.update(task.batches(step, rows, first), task.compute, weight=task.weight))
         if config.eval_steps and run.due(config.eval_steps):
             run.evaluated(task.evaluate(selecting=selecting).metrics)
@@ -122,10 +138,25 @@ def _write(run: Run, start: HeldOut, final: HeldOut) -> None:
     write_text(folder / rows, _jsonl(final.pairs))
     write_text(folder / "samples.jsonl", _jsonl(samples))
     intervals = _intervals(final.pairs, run.config.seed) | _intervals(final.samples, run.config.seed)
-    gains = {f"{name} (change)": _change(start.samples, final.samples, key, run.config.seed)
-             for key, name in INTERVALS.items() if key in ("gold", "reward_model") and _has(final.samples, key)}
-    report = {"start": dict(start.metrics), "final": dict(final.metrics), "intervals": intervals | gains}
+    wins = _win_rates(samples, run.config.seed)
+    metrics = {**final.metrics, **{name: interval["mean"] for name, interval in wins.items()}}
+    report = {"start": dict(start.metrics), "final": metrics, "intervals": intervals | wins}
     write_json(run.directory / "evaluation.json", report)
+
+
+def _win_rates(samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """Win rates of the final answers by the judge configured: over the start model's, and over the data set's own."""
+    found: dict[str, Any] = {}
+    for judge in ("gold", "reward_model"):
+        if not _has(samples, f"{judge}_final"):
+            continue
+        groups = [row["group"] for row in samples]
+        final = [row[f"{judge}_final"] for row in samples]
+        for against, column in (("start", "start"), ("data", "reference")):
+            other = [row[f"{judge}_{column}"] for row in samples]
+            name = f"eval_win_rate_over_{against}/{judge}"
+            found[name] = from_scores(final, other, groups, seed=seed).rate.to_json()
+    return found
 
 
 def _intervals(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
@@ -135,12 +166,6 @@ def _intervals(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         for key, name in INTERVALS.items()
         if _has(rows, key)
     }
-
-
-def _change(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], key: str, seed: int) -> Any:
-    """Interval of the paired difference after - before on the same prompts and seeds."""
-    differences = [b[key] - a[key] for a, b in zip(before, after, strict=True)]
-    return bootstrap(differences, [row["group"] for row in after], seed=seed).to_json()
 
 
 def _has(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
@@ -153,7 +178,10 @@ def _side_by_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
     row |= {"answer_start": before["answer"], "answer_final": after["answer"]}
     row |= {key: after[key] for key in ("log_ratio", "length", "finished") if key in after}
     for key in sorted(set(after) - set(row) - {"answer"}):
-        row |= {f"{key}_start": before[key], f"{key}_final": after[key]}
+        if key.endswith("_reference"):
+            row[key] = after[key]
+        else:
+            row |= {f"{key}_start": before[key], f"{key}_final": after[key]}
     return row
 
 
@@ -162,9 +190,11 @@ def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _report(directory: Path) -> None:
-    """The page, the model card, and the summary on the terminal."""
+    """The model card, the page, and on the terminal: answers before and after, and the summary."""
     from prefkit.report import card, page, table
+    from prefkit.report.read import read
 
     card.write(directory)
     page.write(directory)
+    table.print_samples(read(directory).samples)
     table.print_summary(directory)

@@ -55,6 +55,20 @@ METRICS: dict[str, Metric] = {
     "length": Metric("Answer length", "mean tokens of own answers"),
     "finished": Metric("Finished answers", "share of own answers that ended before the token limit"),
     "gold": Metric("Gold reward", "mean gold reward of own answers", "higher"),
+    "val/contain_eos_token": Metric("Finished answers", "share of own answers that ended before the token limit"),
+    "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),
+    "win_rate_over_start": Metric(
+        "Win rate over the start",
+        "share of prompts whose answer beats the start model's by this judge, a tie counting 0.5",
+        "higher",
+        0.5,
+    ),
+    "win_rate_over_data": Metric(
+        "Win rate over the data's answers",
+        "share of prompts whose answer beats the data set's own by this judge, a tie counting 0.5",
+        "higher",
+        0.5,
+    ),
     "win_rate": Metric(
         "Win rate over the start",
         "share of prompts whose answer beats the start model's, a tie counting 0.5",

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at any moment, then continued, ends bit for bit like one that was never stopped."""
+"""A run killed at any moment and continued ends bit for bit like one that was never stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from prefkit.engine.journal import Journal
 
 from . import toy
 
-OPTIONS = {"max_steps": 16, "save_steps": 3, "eval_steps": 4, "keep_best": "-error", "gradient_accumulation_steps": 2}
+OPTIONS = {
+    "max_steps": 16,
+    "save_steps": 3,
+    "eval_steps": 4,
+    "keep_best": "-error",
+    "gradient_accumulation_steps": 2,
+}
 
 
 def final_state(directory: Path) -> dict[str, object]:
@@ -75,7 +81,7 @@ def exit_of(child: int) -> int:
 
 
 def die_at_write(count: int) -> None:
-    """Let the count-th operation that touches the disk be this process's last one (before or after doing it)."""
+    """Kill this process just before its count-th operation on the disk."""
     left = [count]
 
     def wrap(owner: object, name: str) -> None:

@@ -1,6 +1,6 @@
 """A regression small enough to train in a second, run as a program so that tests can kill it.
 
-    python toy.py OUTPUT_DIR '{"max_steps": 40}' [--slow-step SECONDS] [--slow-checkpoint SECONDS]
+python toy.py OUTPUT_DIR '{"max_steps": 40}' [--slow-step SECONDS] [--slow-checkpoint SECONDS]
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _error(module: nn.Module) -> float:
 
 
 def _slow_down_checkpoints(seconds: float) -> None:
-    """Make every file of a checkpoint take a while to reach the disk, so that kills fall inside the writing."""
+    """Make every file of a checkpoint take a while to reach the disk: kills then fall inside the writing."""
     force = files.force
 
     def slow(path: Path) -> None:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefkit.domains.text.batches import hold_out, micro_batches, num_steps, order, process_slice, step_batches
+from prefkit.domains.text.batches import (
+    hold_out,
+    micro_batches,
+    num_steps,
+    order,
+    process_slice,
+    step_batches,
+)
 
 sizes = st.integers(min_value=1, max_value=60)
 
@@ -39,8 +46,8 @@ def test_process_slices_join_to_the_batch(rows: int, size: int) -> None:
     batch = step_batches(rows, step=2, global_batch=4 * size, seed=1)
     parts = [process_slice(batch, rank=rank, size=size) for rank in range(size)]
     assert [len(part) for part in parts] == [4] * size
-    assert sum(parts, []) == batch
-    assert sum(micro_batches(batch, 3), []) == batch
+    assert [row for part in parts for row in part] == batch
+    assert [row for micro in micro_batches(batch, 3) for row in micro] == batch
 
 
 def test_an_epoch_share_rounds_up_to_whole_steps() -> None:

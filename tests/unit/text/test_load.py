@@ -13,7 +13,12 @@ from prefkit.errors import InputError
 
 ROWS = [
     {"prompt": "a", "chosen": " b", "rejected": " c", "score_chosen": 1.5},
-    {"prompt": "d\u2028e", "chosen": ' "quoted", with comma\nand a line', "rejected": " f", "score_chosen": 2.0},
+    {
+        "prompt": "d\u2028e",
+        "chosen": ' "quoted", with comma\nand a line',
+        "rejected": " f",
+        "score_chosen": 2.0,
+    },
 ]
 
 

@@ -27,7 +27,11 @@ def assistant(text: str) -> dict[str, str]:
         ("same text", "same text", "same"),
         (" a", " b", ""),
         ("", "x", ""),
-        ("\n\nHuman: Hi\n\nAssistant: Yes I can", "\n\nHuman: Hi\n\nAssistant: Yes I will", "\n\nHuman: Hi\n\nAssistant:"),
+        (
+            "\n\nHuman: Hi\n\nAssistant: Yes I can",
+            "\n\nHuman: Hi\n\nAssistant: Yes I will",
+            "\n\nHuman: Hi\n\nAssistant:",
+        ),
         ("POST: x\nTL;DR: He left home", "POST: x\nTL;DR: He left town", "POST: x\nTL;DR:"),
     ],
 )
@@ -53,9 +57,17 @@ def test_conversations_split_at_the_last_common_user_turn() -> None:
     shared = [user("a"), assistant("b"), user("c")]
     assert split_messages([*shared, assistant("x")], [*shared, assistant("y")]) == 3
     assert split_messages([*shared, assistant("x")], [*shared, assistant("x")]) == 3
-    assert split_messages([user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")]) == 1
+    assert (
+        split_messages([user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")])
+        == 1
+    )
     assert split_messages([user("a"), assistant("b")], [user("z"), assistant("b")]) == 0
-    assert split_messages([{"role": "system", "content": "s"}, user("a")], [{"role": "system", "content": "s"}, user("b")]) == 0
+    assert (
+        split_messages(
+            [{"role": "system", "content": "s"}, user("a")], [{"role": "system", "content": "s"}, user("b")]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,9 +80,21 @@ def test_conversations_split_at_the_last_common_user_turn() -> None:
         ([assistant("a")], [assistant("c")], "prompt message 1: an assistant turn comes first"),
         ([user("a"), assistant("b")], [assistant("c")], "answer message 1: two assistant turns in a row"),
         ([user("a")], [user("a"), assistant("b")], "answer message 1: two user turns in a row"),
-        ([user("a")], [assistant("b"), user("c"), assistant("d")], "answer message 2: a user turn inside the answer"),
-        ([user("a")], [assistant("b"), {"role": "tool", "content": "4"}], "the answer does not end with an assistant turn"),
-        ([{"role": "system", "content": "s"}], [assistant("b")], "answer message 1: an assistant turn after the system turn"),
+        (
+            [user("a")],
+            [assistant("b"), user("c"), assistant("d")],
+            "answer message 2: a user turn inside the answer",
+        ),
+        (
+            [user("a")],
+            [assistant("b"), {"role": "tool", "content": "4"}],
+            "the answer does not end with an assistant turn",
+        ),
+        (
+            [{"role": "system", "content": "s"}],
+            [assistant("b")],
+            "answer message 1: an assistant turn after the system turn",
+        ),
     ],
 )
 def test_turn_order(prompt: list, answer: list, complaint: str) -> None:

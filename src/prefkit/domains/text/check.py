@@ -272,7 +272,7 @@ def _lengths(rows: Sequence[Record], encoded: Mapping[int, Encoded] | None) -> d
         return {}
     names = ["prompt", *_answers(rows[0])]
     if encoded is None:
-        table = [[len(plain(row.prompt)), *(len(plain(a)) for a in _answers(row).values())] for row in rows]
+        table = [[_size(row.prompt), *map(_size, _answers(row).values())] for row in rows]
     else:
         table = [[len(one.prompt), *map(len, one.answers)] for one in encoded.values()]
         names.append("total")
@@ -281,6 +281,10 @@ def _lengths(rows: Sequence[Record], encoded: Mapping[int, Encoded] | None) -> d
         return {}
     unit: Literal["tokens", "characters"] = "characters" if encoded is None else "tokens"
     return {name: _summary(column, unit) for name, column in zip(names, np.array(table).T, strict=True)}
+
+
+def _size(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message.get("content") or "") for message in text)
 
 
 def _summary(lengths: np.ndarray, unit: Literal["tokens", "characters"]) -> Lengths:

@@ -168,7 +168,7 @@ def _split(chosen: Sequence[Row], rejected: Sequence[Row]) -> tuple[list[Row], l
 
 
 def transcript(text: str) -> list[Row]:
-    """Messages of HH-RLHF's "\\n\\nHuman: ... \\n\\nAssistant: ..."; ValueError if it does not begin with a turn."""
+    """Messages of an HH-RLHF transcript ("\\n\\nHuman: ... \\n\\nAssistant: ..."); else ValueError."""
     marks = list(_TURN.finditer(text))
     if not marks or text[: marks[0].start()].strip():
         raise ValueError("the transcript does not begin with '\\n\\nHuman:' or '\\n\\nAssistant:'")

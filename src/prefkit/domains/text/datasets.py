@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from prefkit import assets
-from prefkit.domains.text import loading
+from prefkit.domains.text import loading, quantised
 from prefkit.domains.text.batches import hold_out, num_steps, process_slice, step_batches
 from prefkit.domains.text.check import Report, check
 from prefkit.domains.text.columns import parse_completions, parse_preferences, read_prompts
@@ -22,6 +22,8 @@ from prefkit.records import Example, Pair
 
 R = TypeVar("R", Pair, Example)
 Kind = Literal["pairs", "completions"]
+SHOWN = 5
+"""problems printed for each part of the data"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,17 @@ class TextData(Generic[R]):
             "fingerprint": self.fingerprint,
         }
 
+    def describe(self) -> Sequence[str]:
+        parts = {"train": self.train, "held out": [*self.test, *self.selection]}
+        lines = [_described(name, report, len(rows)) for (name, rows), report in zip(parts.items(), self.checks.values(), strict=True)]
+        if self.selection:
+            lines.append(f"held-out rows that choose checkpoints: {len(self.selection)}; that are reported: {len(self.test)}")
+        for report in self.checks.values():
+            lines += [f"{p.level}: {p.where}: {p.what}" for p in report.problems[:SHOWN]]
+            if len(report.problems) > SHOWN:
+                lines.append(f"... {len(report.problems) - SHOWN} more in data.json, or by `prefkit data check`")
+        return lines
+
     def forecast(self) -> Sequence[str]:
         from prefkit.domains.text.forecast import forecast
 
@@ -52,9 +65,16 @@ class TextData(Generic[R]):
     def global_batch(self, size: int) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps * size
 
-    def rows(self, step: int, rank: int, size: int) -> tuple[list[int], int]:
+    def step_rows(self, step: int, size: int) -> list[int]:
         batch = self.global_batch(size)
-        everyone = step_batches(len(self.train), step=step, global_batch=batch, seed=self.config.seed)
+        return step_batches(len(self.train), step=step, global_batch=batch, seed=self.config.seed)
+
+    def num_tokens(self, step: int, size: int) -> int:
+        groups = (self.train[row].group for row in self.step_rows(step, size))
+        return sum(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
+
+    def rows(self, step: int, rank: int, size: int) -> tuple[list[int], int]:
+        everyone = self.step_rows(step, size)
         mine = process_slice(everyone, rank=rank, size=size)
         return mine, rank * len(mine)
 
@@ -65,6 +85,14 @@ class TextData(Generic[R]):
 
     def steps_per_epoch(self, size: int) -> float:
         return len(self.train) / self.global_batch(size)
+
+
+def _described(name: str, report: Report, used: int) -> str:
+    """One line on a part of the data: rows used, what was left out or odd, median lengths."""
+    odd = [f"{count} {what}" for what, count in {**report.dropped, **report.counts, **report.overlap}.items() if count]
+    extra = f" ({'; '.join(odd)})" if odd else ""
+    lengths = ", ".join(f"{part} {found.quantiles['0.5']:.0f}" for part, found in report.lengths.items())
+    return f"{name}: {used} of {report.rows} rows used{extra}; median tokens: {lengths}"
 
 
 def prepare_pairs(config: Any, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Pair]:
@@ -97,7 +125,7 @@ def prompt_tokens(name: str, tokenizer: Any, max_length: int) -> list[list[int]]
 
 
 def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Any]:
-    _check_numbers(config)
+    _check_options(config)
     if tokenizer is None:
         if model is not None:
             raise InputError("a model given in memory needs its tokenizer", mend="pass tokenizer=...")
@@ -143,7 +171,8 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
     )
 
 
-def _check_numbers(config: Any) -> None:
+def _check_options(config: Any) -> None:
+    quantised.check(config)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} is {getattr(config, name)}", where=f"--{name}", mend="1 or more")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefkit import assets
+from prefkit.domains.text import quantised
 from prefkit.domains.text.config import Lora, Model
 from prefkit.domains.text.packaged import model_folder
+from prefkit.engine.seeds import number
 from prefkit.errors import InputError
+
+ADAPTER = "adapter_config.json"
+"""the file that makes a folder a peft adapter"""
 
 
 def resolve(name: str) -> str:
@@ -22,14 +29,7 @@ def resolve(name: str) -> str:
         return str(model_folder(name))
     path = Path(name)
     if (path / "config.json").is_file() and (path / "metrics.jsonl").is_file():
-        final = path / "model"
-        if not (final / "config.json").is_file():
-            raise InputError(
-                f"run directory {name} has no final model yet",
-                where="--model_name_or_path",
-                mend=f"finish it with `prefkit resume {name}`",
-            )
-        return str(final)
+        return _final_model(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
@@ -45,6 +45,56 @@ def resolve(name: str) -> str:
             mend="give an existing folder, a Hub id (owner/name), or an asset of `prefkit assets`",
         )
     return name
+
+
+def _final_model(run: Path) -> str:
+    final = run / "model"
+    if (final / "config.json").is_file():
+        return str(final)
+    if (run / "result.json").is_file() and (run / "adapter" / ADAPTER).is_file():
+        raise InputError(
+            f"run directory {run} ended with an adapter alone, because its base is quantised and cannot be merged into",
+            where="--model_name_or_path",
+            mend=f"name the run's base model again and add --use_peft --adapter_name_or_path {run}",
+        )
+    raise InputError(
+        f"run directory {run} has no final model yet",
+        where="--model_name_or_path",
+        mend=f"finish it with `prefkit resume {run}`",
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a name stands for when it is to be used, not trained: a whole model, or an adapter on its base."""
+
+    model: str
+    """folder or Hub id"""
+    adapter: Path | None = None
+    options: Model = field(default_factory=Model)
+    """how the base was loaded in training: its revision and its bits"""
+
+
+def trained(name: str) -> Trained:
+    """The model behind a name as `resolve` takes it, or behind an adapter folder or a run that ended with one."""
+    path = Path(name)
+    run = path if (path / "metrics.jsonl").is_file() else path.parent
+    if run == path and not (path / "model" / "config.json").is_file() and (path / "adapter" / ADAPTER).is_file():
+        path = path / "adapter"
+    if not (path / ADAPTER).is_file():
+        return Trained(resolve(name))
+    values: dict[str, Any] = {}
+    if (run / "metrics.jsonl").is_file():
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+    base = values.get("model_name_or_path") or adapter_base(path)
+    if not base:
+        raise InputError(
+            "the adapter does not say which model it belongs to",
+            where=str(path / ADAPTER),
+            mend="write the base model's folder or Hub id into base_model_name_or_path",
+        )
+    known = ("model_revision", "load_in_4bit", "load_in_8bit")
+    return Trained(resolve(base), path, Model(**{name: values[name] for name in known if name in values}))
 
 
 def load_tokenizer(options: Model, source: str) -> Any:
@@ -75,13 +125,13 @@ def load_model(options: Model, lora: Lora, source: str, dtype: torch.dtype, *, k
     """A causal LM whose frozen weights have the compute dtype and whose trained weights stay float32."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    quantised = options.load_in_4bit or options.load_in_8bit
+    bits = quantised.settings(options, dtype)
     arguments: dict[str, Any] = {"revision": options.model_revision}
-    arguments["dtype"] = dtype if lora.use_peft or quantised else torch.float32
+    arguments["dtype"] = dtype if lora.use_peft or bits is not None else torch.float32
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
-    if quantised:
-        arguments["quantization_config"] = _quantisation(options, lora, dtype)
+    if bits is not None:
+        arguments["quantization_config"] = bits
     auto: Any = AutoModelForCausalLM
     if kind == "reward":
         auto = AutoModelForSequenceClassification
@@ -96,47 +146,14 @@ def load_model(options: Model, lora: Lora, source: str, dtype: torch.dtype, *, k
         ) from error
 
 
-def _quantisation(options: Model, lora: Lora, dtype: torch.dtype) -> Any:
-    if options.load_in_4bit and options.load_in_8bit:
-        raise InputError("load_in_4bit and load_in_8bit exclude each other", mend="choose one")
-    if not lora.use_peft:
-        raise InputError(
-            "quantised weights cannot be trained",
-            where="--load_in_4bit/--load_in_8bit",
-            mend="add --use_peft, which trains an adapter on top of them",
-        )
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore
-    except ImportError as error:
-        raise InputError(
-            "quantised base weights need bitsandbytes", where="--load_in_4bit", mend="pip install 'prefkit[quant]'"
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    if options.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def add_adapter(model: Any, options: Model, lora: Lora, *, modules_to_save: list[str] | None = None) -> Any:
-    """Put a fresh LoRA adapter on the model, or load the one that training starts from."""
+def add_adapter(
+    model: Any, options: Model, lora: Lora, *, seed: int, modules_to_save: list[str] | None = None
+) -> Any:
+    """Put a fresh LoRA adapter on the model (its weights depend on `seed`), or load the one training starts from."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if options.adapter_name_or_path:
-        folder = Path(options.adapter_name_or_path)
-        if (folder / "adapter" / "adapter_config.json").is_file():
-            folder = folder / "adapter"
-        if not (folder / "adapter_config.json").is_file():
-            raise InputError(
-                f"folder {folder} holds no adapter_config.json, so it is no LoRA adapter",
-                where="--adapter_name_or_path",
-                mend="give the folder that peft's save_pretrained wrote",
-            )
+        folder = adapter_folder(options.adapter_name_or_path)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     targets: Any = list(lora.lora_target_modules)
     settings = LoraConfig(
@@ -148,7 +165,9 @@ def add_adapter(model: Any, options: Model, lora: Lora, *, modules_to_save: list
         modules_to_save=modules_to_save,
     )
     try:
-        return get_peft_model(model, settings)
+        with torch.random.fork_rng():  # peft draws from the global generator
+            torch.manual_seed(number(seed, "adapter"))
+            return get_peft_model(model, settings)
     except ValueError as error:
         raise InputError(
             f"LoRA cannot be put on {targets}: {_first_line(error)}",
@@ -157,9 +176,48 @@ def add_adapter(model: Any, options: Model, lora: Lora, *, modules_to_save: list
         ) from error
 
 
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter: the one named, or `adapter` in a run directory. Raises InputError."""
+    folder = Path(name)
+    if (folder / "adapter" / ADAPTER).is_file():
+        folder = folder / "adapter"
+    if not (folder / ADAPTER).is_file():
+        raise InputError(
+            f"folder {folder} holds no adapter_config.json, so it is no LoRA adapter",
+            where="--adapter_name_or_path",
+            mend="give the folder that peft's save_pretrained wrote",
+        )
+    return folder
+
+
+def refuse_adapted(model: Any) -> None:
+    """InputError for a model given in memory that carries a LoRA adapter of its own."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        raise InputError(
+            "the model given in memory already carries a LoRA adapter",
+            mend="give model.merge_and_unload(), or the base model and the adapter's folder as adapter_name_or_path",
+        )
+
+
+def widen(model: Any, dtype: torch.dtype) -> None:
+    """Make what trains float32, and with compute dtype float32 the frozen weights too; models in memory come as any."""
+    for weight in model.parameters():
+        if weight.is_floating_point() and (weight.requires_grad or dtype == torch.float32):
+            weight.data = weight.data.float()
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The model with a trained adapter on it, for use without training."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder))
+
+
 def adapter_base(folder: Path) -> str:
-    """The base model an adapter folder names."""
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """The base model an adapter folder names; empty where it names none."""
+    return json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
 
 
 def _first_line(error: Exception) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.prompts import last_content, plain
 from prefkit.domains.text.sampler import Decoding, Sampler
 from prefkit.engine.world import World
 from prefkit.protocols import Gold
-from prefkit.records import Example, Group, Pair, Sample
+from prefkit.records import Example, Group, Pair, Preference, Sample
 
 def pair_metrics(log_probs: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
     """Per-pair training metrics, without gradient: log-probs and reference log-probs (b, 2) -> {name: (b,)}.
@@ -126,6 +126,7 @@ class SampleEvaluation:
         self.seed = seed
         self.judges = judges
         self.batch_size = batch_size
+        self._references: dict[str, list[float]] = {}
 
     @torch.no_grad()
     def __call__(self) -> list[dict[str, Any]]:
@@ -159,7 +160,18 @@ class SampleEvaluation:
             scores = judge(prompts, [row["answer"] for row in rows])
             for row, score in zip(rows, scores, strict=True):
                 row[name] = float(score)
+            for row, score in zip(rows, self._reference_scores(name, judge), strict=True):
+                row[f"{name}_reference"] = score
         return rows
+
+    def _reference_scores(self, name: str, judge: Gold) -> list[float]:
+        """The judge's scores of the data set's own answers to the same prompts; they never change."""
+        if name not in self._references:
+            sources = [row.source for row in self.prompts]
+            answers = [row.chosen if isinstance(row, Preference) else row.completion for row in sources]
+            scores = judge([row.prompt for row in sources], [last_content(answer) for answer in answers])
+            self._references[name] = [float(score) for score in scores]
+        return self._references[name]
 
 
     def _row(self, index: int, sample: Sample) -> dict[str, Any]:
@@ -189,4 +201,5 @@ def summarize_samples(rows: Sequence[dict[str, Any]], judges: Sequence[str] = ()
     }
     if "log_ratio" in rows[0]:
         summary["eval_objective/kl"] = mean("log_ratio")
-    return summary | {f"eval_objective/{name}": mean(name) for name in judges}
+    names = {"gold": "eval_gold", "reward_model": "eval_objective/scores"}
+    return summary | {names.get(name, f"eval_{name}"): mean(name) for name in judges}

@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from prefkit.domains.text import loading, weights
+from prefkit.domains.text import loading, quantised, weights
+from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy, Reference, without_dropout
 from prefkit.domains.text.scoring import LanguageModel, causal_lm, check_scoring, lay_out, logit_transform
 from prefkit.engine.precision import resolve_dtype
@@ -56,14 +57,18 @@ class TextPolicy:
             tokenizer = loading.load_tokenizer(options, source)
         if model is None:
             model = loading.load_model(options, options, source, dtype)
+        else:
+            quantised.refuse_given_model(options)
+            loading.refuse_adapted(model)
         if options.use_peft:
-            model = loading.add_adapter(model, options, options)
+            model = loading.add_adapter(model, options, options, seed=options.seed)
         elif options.adapter_name_or_path:
             raise InputError(
                 "an adapter to start from is given but LoRA is off",
                 where="--adapter_name_or_path",
                 mend="add --use_peft, or merge the adapter first with `prefkit export --merge`",
             )
+        loading.widen(model, dtype)
         module = cls._module(model, dtype, options.gradient_checkpointing).to(world.device)
         cls._check(module, tokenizer)
         reference = cls._make_reference(module, options, copy_reference)
@@ -72,10 +77,28 @@ class TextPolicy:
             shard(reference.module, world)
         return cls(module, loading.prepare_tokenizer(tokenizer), reference=reference, world=world, source=source)
 
+    @classmethod
+    def load(cls, name: str, *, dtype: str = "auto") -> Self:
+        """A policy to sample from and score with: run directory, model or adapter folder, Hub id or packaged asset.
+
+        Nothing of it trains and it has no reference. Raises InputError for a model that cannot be loaded or scored.
+        """
+        world = World.start()
+        compute = resolve_dtype(dtype, world.device, training=False)
+        found = loading.trained(name)
+        # As frozen base weights are loaded for LoRA: in the compute dtype.
+        model = loading.load_model(found.options, Lora(use_peft=True), found.model, compute)
+        if found.adapter is not None:
+            model = loading.load_adapter(model, found.adapter)
+        tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
+        module = cls._module(model, compute, False).requires_grad_(False).to(world.device)
+        cls._check(module, tokenizer)
+        return cls(module, tokenizer, reference=None, world=world, source=found.model)
+
     @staticmethod
     def _module(model: Any, dtype: torch.dtype, checkpointing: bool) -> LanguageModel:
         without_dropout(model)
-        model.eval()
+        quantised.evaluation_mode(model)
         if checkpointing:
             # transformers checkpoints activations in training mode only; dropout is already zero.
             model.train()
@@ -106,7 +129,7 @@ class TextPolicy:
     @staticmethod
     def _make_reference(module: LanguageModel, options: Any, copy_reference: bool) -> Reference | None:
         if options.use_peft and options.adapter_name_or_path:
-            return FrozenAdapter(module, options.adapter_name_or_path)
+            return FrozenAdapter(module, loading.adapter_folder(options.adapter_name_or_path))
         if options.use_peft:
             return AdaptersOff(module)
         return FrozenCopy(module) if copy_reference else None

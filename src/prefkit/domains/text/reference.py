@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -46,10 +47,15 @@ class FrozenAdapter:
     name = "a frozen copy of the starting adapter"
     ADAPTER = "reference"
 
-    def __init__(self, module: LanguageModel, adapter: str) -> None:
+    def __init__(self, module: LanguageModel, adapter: Path) -> None:
         self.module = module
         model: Any = module.model
-        model.load_adapter(adapter, adapter_name=self.ADAPTER, is_trainable=False)
+        modes = [(part, part.training) for part in model.modules()]
+        model.load_adapter(str(adapter), adapter_name=self.ADAPTER, is_trainable=False)
+        # Loading brings the adapter's own dropout along and ends training mode, which checkpointing needs.
+        without_dropout(model)
+        for part, training in modes:
+            part.training = training
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:

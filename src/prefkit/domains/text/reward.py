@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text import loading, weights
+from prefkit.domains.text import loading, quantised, weights
 from prefkit.domains.text.config import Lora, Model
 from prefkit.domains.text.reference import without_dropout
 from prefkit.domains.text.scoring import causal_lm
@@ -80,9 +80,10 @@ class RewardModel:
         _reset_head(model, options.seed)
         _name_pad(model, tokenizer)
         if options.use_peft:
-            model = loading.add_adapter(model, options, options, modules_to_save=["score"])
+            model = loading.add_adapter(model, options, options, seed=options.seed, modules_to_save=["score"])
+        loading.widen(model, dtype)
         without_dropout(model)
-        model.eval()
+        quantised.evaluation_mode(model)
         if options.gradient_checkpointing:
             model.train()
             inner: Any = causal_lm(model)

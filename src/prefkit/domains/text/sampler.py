@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
+from prefkit.domains.text.quantised import evaluating
 from prefkit.domains.text.scoring import causal_lm
 from prefkit.engine.precision import autocast
 from prefkit.engine.seeds import generator
@@ -227,14 +228,13 @@ def _plain_generation(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    settings, training = model.generation_config, model.training
+    settings = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = settings
-        model.train(training)
 
 
 def end_tokens(policy: TextPolicy) -> list[int]:

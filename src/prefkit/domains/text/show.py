@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -88,27 +89,30 @@ def _show_problems(report: Report, every: bool, console: Console) -> None:
 
 
 def show_memory(
-    shape: Shape, lengths: Lengths, *, rows: int, lora_r: int, console: Console | None = None
+    shape: Shape, lengths: Mapping[str, Lengths], *, rows: int, lora_r: int, console: Console | None = None
 ) -> None:
-    """What training needs at the median, 95 % and longest sequence, for LoRA and for all weights."""
+    """What training needs at the median and the longest sequence, for LoRA and for all weights."""
     console = console or Console(highlight=False)
     size = f"{shape.parameters / 1e6:.1f} M parameters, {rows} sequences a pass"
-    title = f"memory forecast for {shape.name}: {size}"
-    table = Table("GiB", title=escape(title), title_justify="left")
-    places = {"median": "0.5", "95 %": "0.95", "longest": "1"}
+    table = Table("GiB", title=escape(f"memory for {shape.name}: {size}"), title_justify="left")
     columns: list[Forecast] = []
     for trained in ("lora", "all"):
-        for name, share in places.items():
-            length = int(lengths.quantiles[share])
+        for name, share in (("median", "0.5"), ("longest", "1")):
+            length = int(lengths["total"].quantiles[share])
+            answer = max(
+                int(lengths[part].quantiles[share]) for part in lengths if part not in ("prompt", "total")
+            )
             label = f"LoRA r={lora_r}" if trained == "lora" else "all weights"
-            table.add_column(f"{label}\n{name} ({length})", justify="right")
-            columns.append(forecast(shape, rows=rows, length=length, trained=trained, lora_r=lora_r))
+            table.add_column(f"{label}\n{name} {length}", justify="right")
+            columns.append(
+                forecast(shape, rows=rows, length=length, answer=answer, trained=trained, lora_r=lora_r)
+            )
     for use in ("weights", "reference", "gradients", "optimizer", "activations", "logits", "total"):
         table.add_row(use, *(f"{getattr(column, use) / GIB:.2f}" for column in columns))
     console.print()
     console.print(table)
     console.print("bfloat16, AdamW, no gradient checkpointing; an estimate (docs/data-formats.md)")
-    if shape.context and lengths.quantiles["1"] > shape.context:
+    if shape.context and lengths["total"].quantiles["1"] > shape.context:
         console.print(f"[yellow]warning[/yellow] the model's context is {shape.context} tokens")
 
 

@@ -3,8 +3,8 @@
 For every answer the full text (prompt + answer) and the prompt are encoded. Where ids(prompt) begins
 ids(full), the answer is the rest. Where a token would straddle the border (a BPE merge, a SentencePiece
 blank), the answer is encoded apart and taken if prompt ids + answer ids decode to the full text: this is what
-the model sees when it continues that prompt. Otherwise the row is refused. So the prompt's ids never depend on the
-answer, both answers share them, and `tokenize_prompt` gives the same ids for sampling.
+the model sees when it continues that prompt. Otherwise the row is refused. So the prompt's ids never depend
+on the answer, both answers share them, and `tokenize_prompt` gives the same ids for sampling.
 
 Conversations are rendered by the chat template once; the template places BOS, so none is added. Strings get
 the tokens the tokenizer puts in front (BOS) unless the text already has them. A whole answer ends in exactly
