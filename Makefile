@@ -47,7 +47,7 @@ check: $(READY) ## lint, format, types, import arrows, docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/cli_page.py --check
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -55,7 +55,7 @@ format: $(READY) ## rewrite the code in the house format
 
 docs: $(READY) ## write docs/cli.md from the code, then the site to site/
 	$(BIN)/python tools/cli_page.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove caches and built files; .venv and runs/ stay
 	rm -rf site dist build .slow .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info

@@ -245,32 +245,28 @@ def _sample(draw: random.Random, place: int, effect: float, gold: bool, referenc
     return row
 
 
-def evaluation(
-    pairs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], gold: bool
-) -> dict[str, Any]:
-    """Means as an evaluation writes them; the intervals are made up (mean ± a little), only their shape
-    counts.
-    """
+def evaluation(pairs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], gold: bool) -> dict[str, Any]:
+    """Means as an evaluation writes them; the intervals are made up (mean ± a little), only their shape counts."""
     final = {
-        "loss": 0.612,
-        "rewards/accuracies": fmean(row["accuracy"] for row in pairs),
-        "rewards/margins": fmean(row["margin"] for row in pairs),
-        "objective/kl": fmean(row["log_ratio"] for row in samples),
-        "length": fmean(row["length"] for row in samples),
+        "eval_rewards/accuracies": fmean(row["accuracy"] for row in pairs),
+        "eval_rewards/margins": fmean(row["margin"] for row in pairs),
+        "eval_objective/kl": fmean(row["log_ratio"] for row in samples),
+        "eval_completions/mean_length": fmean(row["length"] for row in samples),
+        "eval_val/contain_eos_token": fmean(row["finished"] for row in samples),
     }
     start = {
-        "loss": math.log(2),
-        "rewards/accuracies": 0.5,
-        "rewards/margins": 0.0,
-        "objective/kl": 0.0,
-        "length": 21.4,
+        "eval_rewards/accuracies": 0.5,
+        "eval_rewards/margins": 0.0,
+        "eval_objective/kl": 0.0,
+        "eval_completions/mean_length": 21.4,
+        "eval_val/contain_eos_token": 0.5,
     }
-    spread = {"rewards/accuracies": 0.07, "rewards/margins": 0.12, "objective/kl": 0.6}
+    spread = {"eval_rewards/accuracies": 0.07, "eval_rewards/margins": 0.12, "eval_objective/kl": 0.6}
     if gold:
-        start["gold"], final["gold"] = (
-            fmean(row[name] for row in samples) for name in ("gold_start", "gold_final")
-        )
-        spread["gold"] = 0.06
+        before, after = ([row[name] for row in samples] for name in ("gold_start", "gold_final"))
+        start["eval_gold"], final["eval_gold"] = fmean(before), fmean(after)
+        final["eval_win_rate_over_start/gold"] = fmean(b > a for a, b in zip(before, after, strict=True))
+        spread |= {"eval_gold": 0.06, "eval_win_rate_over_start/gold": 0.1}
     intervals = {
         name: interval(final[name], width, n=len(pairs), groups=min(len(FILMS), len(pairs)))
         for name, width in spread.items()
@@ -291,19 +287,35 @@ def interval(mean: float, width: float, *, n: int = 60, groups: int = 20) -> dic
 
 
 DATA: dict[str, Any] = {
-    "problems": [
-        {
-            "level": "warning",
-            "kind": "duplicate",
-            "where": "row 113",
-            "row": 112,
-            "field": "chosen",
-            "what": "the same pair as row 80",
-            "mend": "remove one of them",
+    "train": {
+        "name": "rotten-tomatoes",
+        "rows": 2780,
+        "kept": 2779,
+        "dropped": 1,
+        "duplicates": 1,
+        "ties": 0,
+        "lengths": {
+            "prompt": {"unit": "tokens", "quantiles": {"0": 14, "0.5": 22, "0.95": 33, "1": 41}, "edges": [14, 41]},
+            "chosen": {"unit": "tokens", "quantiles": {"0": 3, "0.5": 24, "0.95": 46, "1": 71}, "edges": [3, 71]},
         },
-    ],
-    "counts": {"rows": 2780, "duplicates": 1, "identical_pairs": 0, "ties": 0, "truncated": 3},
-    "lengths": {"prompt": {"mean": 22.1, "max": 41}, "chosen": {"mean": 24.0, "max": 71}},
+        "overlap": None,
+        "problem_counts": {"warning: duplicate": 1},
+        "problems": [
+            {
+                "level": "warning",
+                "kind": "duplicate",
+                "where": "row 113",
+                "row": 112,
+                "field": "chosen",
+                "what": "the same pair as row 80",
+                "mend": "remove one of them",
+            }
+        ],
+        "fingerprint": "9f2c",
+    },
+    "evaluation": {"name": "rotten-tomatoes", "rows": 214, "kept": 214, "dropped": 0, "problems": []},
+    "parts": {"train": 2779, "test": 214, "selection": 0},
+    "fingerprint": "51aa",
 }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -95,6 +96,13 @@ def sentencepiece(*, template: bool = False) -> PreTrainedTokenizerFast:
     if template:
         made.chat_template = WITH_BOS
     return made
+
+
+def whole_words(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word is one token and blanks are lost: a border inside a word cannot be kept."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["</s>", *words])}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
 @lru_cache(maxsize=1)

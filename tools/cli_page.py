@@ -1,7 +1,7 @@
 """Write docs/cli.md from the code: every method's options and presets, every command's help page.
 
-    python tools/cli_page.py            write it
-    python tools/cli_page.py --check    exit code 1 when it is not what the code says
+python tools/cli_page.py            write it
+python tools/cli_page.py --check    exit code 1 when it is not what the code says
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare two runs on the same held-out rows: differences with intervals, and win rates by gold reward."""
+"""Compare two runs on the same held-out rows: differences with intervals, and win rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prefkit.report.page import save
 from prefkit.report.read import Run, read
 
 DIFFERENCE_COLUMNS = ("Metric", "{a}", "{b}", "Difference", "95 % interval", "p")
-WIN_COLUMNS = ("Win rate by gold reward", "Rate", "95 % interval", "Won / tied / lost", "p")
+WIN_COLUMNS = ("Win rate", "Rate", "95 % interval", "Won / tied / lost", "p")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,9 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run_a", metavar="RUN_A", help="run directory")
     parser.add_argument("run_b", metavar="RUN_B", help="run directory it is compared with")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
-    parser.add_argument(
-        "--num_resamples", type=int, default=10_000, metavar="N", help="bootstrap resamples (10000)"
-    )
+    parser.add_argument("--num_resamples", type=int, default=10_000, metavar="N", help="bootstrap resamples (10000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the resampling (0)")
     options = parser.parse_args(list(argv))
     if options.num_resamples < 1:
@@ -44,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     result = compared(*runs, num_resamples=options.num_resamples, seed=options.seed)
     for columns, rows in tables(result, (labels[0], labels[1])):
         table.print_rows(columns, rows)
-    print(f"{result.pairs} pairs and {result.samples} own answers matched by row and prompt.")
+    print(f"{result.rows} held-out rows and {result.samples} own answers matched by row and prompt.")
     if options.json:
         content = json.dumps(to_json(result, labels), indent=2, ensure_ascii=False)
         print(save(content + "\n", Path(options.json)))
@@ -53,14 +51,15 @@ def main(argv: Sequence[str]) -> int:
 
 def compared(a: Run, b: Run, *, num_resamples: int = 10_000, seed: int = 0) -> Comparison:
     """The comparison of two runs; InputError when they were evaluated on different rows, or on none."""
-    pairs, samples = _matched(a, b, "pairs"), _matched(a, b, "samples")
-    if not pairs and not samples:
+    rows = _matched(a.pairs, b.pairs, "pairs") or _matched(a.completions, b.completions, "completions")
+    samples = _matched(a.samples, b.samples, "prompts")
+    if not rows and not samples:
         raise InputError(
             "the runs share no kind of held-out rows",
             where=f"{a.directory}, {b.directory}",
             mend="compare runs that finished and whose methods evaluate pairs or own answers",
         )
-    return compare(pairs, samples, names=_names(a, b), num_resamples=num_resamples, seed=seed)
+    return compare(rows, samples, names=_names(a, b), num_resamples=num_resamples, seed=seed)
 
 
 def tables(result: Comparison, names: tuple[str, str]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
@@ -79,7 +78,7 @@ def tables(result: Comparison, names: tuple[str, str]) -> list[tuple[tuple[str, 
     ]
     wins = [
         (
-            f"{entry.first} over {entry.second}",
+            f"{entry.first} over {entry.second}, by {entry.judge.replace('_', ' ')}",
             number(entry.outcome.rate.mean),
             _span(entry.outcome.rate),
             f"{entry.outcome.wins} / {entry.outcome.ties} / {entry.outcome.losses}",
@@ -95,13 +94,12 @@ def to_json(result: Comparison, names: Sequence[str]) -> dict[str, Any]:
     return {
         "a": names[0],
         "b": names[1],
-        "pairs": result.pairs,
+        "rows": result.rows,
         "samples": result.samples,
-        "differences": [
-            asdict(entry) | {"difference": entry.difference.to_json()} for entry in result.differences
-        ],
+        "differences": [asdict(entry) | {"difference": entry.difference.to_json()} for entry in result.differences],
         "wins": [
             {
+                "judge": entry.judge,
                 "first": entry.first,
                 "second": entry.second,
                 **asdict(entry.outcome),
@@ -112,12 +110,9 @@ def to_json(result: Comparison, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _matched(a: Run, b: Run, what: str) -> list[tuple[Row, Row]]:
-    """Matched rows of one kind; none when either run wrote none of that kind (its method has no such
-    evaluation).
-    """
-    first, second = (a.pairs, b.pairs) if what == "pairs" else (a.samples, b.samples)
-    return match(first, second, f"held-out {what}") if first and second else []
+def _matched(a: Sequence[Row], b: Sequence[Row], what: str) -> list[tuple[Row, Row]]:
+    """Matched rows of one kind; none when either run wrote none of that kind (its method has no such evaluation)."""
+    return match(a, b, f"held-out {what}") if a and b else []
 
 
 def _names(a: Run, b: Run) -> tuple[str, str]:

@@ -88,8 +88,10 @@ def _load(name: str, *, split: str, config: str, what: str) -> Source:
     from prefkit import assets
     from prefkit.domains.text.packaged import dataset
 
-    rows: Any = dataset(name) if name in assets.ASSETS and not Path(name).exists() else name
-    return load(rows, split=split, config=config, what=what)
+    packaged = name in assets.ASSETS and not Path(name).exists()
+    rows: Any = dataset(name) if packaged else name
+    source = load(rows, split=split, config=config, what=what)
+    return replace(source, name=name) if packaged else source
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -143,9 +145,7 @@ def _show_memory(options: argparse.Namespace, report: Report, *, sequences: int)
 def _write_json(path: Path, report: Report) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(
-            json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(

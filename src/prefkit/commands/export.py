@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         options.run, folder, merge=options.merge, dtype=options.dtype, base=options.base, overwrite=options.overwrite
     )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{what}, {size / 1e6:.1f} MB: {folder}")
+    print(f"{what}, {size / 1e6:.3g} MB: {folder}")
     return 0
 
 
@@ -158,11 +158,24 @@ def _adapter(run: Run, folder: Path, dtype: str, base: str) -> str:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if dtype:
         _convert(folder / "adapter_model.safetensors", dtype)
-    for place in (run.directory / run.result.model if run.result and run.result.model else Path(named), Path(named)):
-        if (place / GENERATION).is_file():
-            shutil.copyfile(place / GENERATION, folder / GENERATION)
-            break
-    return f"adapter of {named}"
+    _copy_generation_config(run, named, folder)
+    bits = next((n for n in (4, 8) if run.config.get(f"load_in_{n}bit")), 0)
+    return f"adapter of {named}{f', trained on its {bits}-bit weights' if bits else ''}"
+
+
+def _copy_generation_config(run: Run, base: str, folder: Path) -> None:
+    """The run's merged model has the base's; beside a quantised base, which has none, ask the base itself."""
+    if run.result and run.result.model:
+        file = run.directory / run.result.model / GENERATION
+        if file.is_file():
+            shutil.copyfile(file, folder / GENERATION)
+        return
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(base).save_pretrained(folder)
+    except OSError:  # a base without one: generation then has the library's defaults, as it had in training
+        return
 
 
 def _base(run: Run) -> str:

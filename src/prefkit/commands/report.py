@@ -16,12 +16,8 @@ from prefkit.report.read import Run, read
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, writes the page and prints its path."""
     parser = argparse.ArgumentParser(prog="prefkit report", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory; others are held against the first"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="page to write (RUN/report.html; comparison.html for several)"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory; others are held against the first")
+    parser.add_argument("--out", metavar="FILE", help="page to write (RUN/report.html; comparison.html for several)")
     options = parser.parse_args(list(argv))
     if len(options.runs) == 1:
         print(one(options.runs[0], options.out))
@@ -63,7 +59,5 @@ def _differences(a: Run, b: Run, first: str, second: str) -> list[Differences] |
         return f"No paired differences between {first} and {second}: {error.what}."
     return [
         Differences(title=title, columns=head, rows=tuple(rows))
-        for title, (head, rows) in zip(
-            (f"{first} minus {second}", ""), tables(result, (first, second)), strict=False
-        )
+        for title, (head, rows) in zip((f"{first} minus {second}", ""), tables(result, (first, second)), strict=False)
     ]

@@ -41,7 +41,15 @@ def default_path(method: str, preset: str) -> Path:
     return Path("runs") / (f"{method}-{preset}" if preset else method)
 
 
-def prepare(directory: Path, *, method: str, preset: str, values: Mapping[str, Any], overwrite: bool) -> bool:
+def prepare(
+    directory: Path,
+    *,
+    method: str,
+    preset: str,
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    overwrite: bool,
+) -> bool:
     """Make `directory` ready for this run; True when it continues an earlier start of the same run.
 
     Raises InputError when the directory holds something that is no run, another method's run, or a run whose
@@ -62,14 +70,19 @@ def prepare(directory: Path, *, method: str, preset: str, values: Mapping[str, A
             where=f"--output_dir {directory}",
             mend="choose an empty or a new folder",
         )
-    if earlier is not None and not overwrite:
-        _refuse_differences(directory, earlier, method=method, values=values)
+    found = [] if earlier is None or overwrite else _found(earlier, method=method, values=values)
+    if found and not _begun(directory):  # refused before its first step (a wrong option): the mended command starts
+        _empty(directory)
+        earlier, found = None, []
+    if found:
+        _refuse(directory, found)
     if earlier is not None and overwrite:
         _empty(directory)
     files.sweep(directory)
     # a stored config must be able to continue the run, so the two switches that would not are left off
     stored = {**values, **{name: False for name in ("overwrite", "dry_run") if name in values}}
     content = {"method": method, "preset": preset, "prefkit": prefkit.__version__, "config": stored}
+    content["defaults"] = dict(defaults)  # so that a reader of the run sees what was chosen
     if earlier is None or overwrite or earlier["config"] != stored:
         files.write_json(directory / CONFIG, content)
     return earlier is not None and not overwrite
@@ -99,17 +112,19 @@ def _run_in(directory: Path) -> dict[str, Any] | None:
     return content if isinstance(content.get("config"), dict) and "method" in content else None
 
 
-def _refuse_differences(directory: Path, earlier: Mapping[str, Any], *, method: str, values: Mapping[str, Any]) -> None:
-    found = differences(earlier["config"], values)
-    if earlier["method"] != method:
-        found.insert(0, f"method: {earlier['method']!r} -> {method!r}")
-    if found:
-        raise InputError(
-            "holds a run with other options:\n    " + "\n    ".join(found),
-            where=f"--output_dir {directory}",
-            mend="choose another --output_dir, give the same options to continue that run, "
-            "or --overwrite to delete it and start anew",
-        )
+def _found(earlier: Mapping[str, Any], *, method: str, values: Mapping[str, Any]) -> list[str]:
+    """What differs between the run in the directory and this one, the method first."""
+    other = [f"method: {earlier['method']!r} -> {method!r}"] if earlier["method"] != method else []
+    return other + differences(earlier["config"], values)
+
+
+def _refuse(directory: Path, found: list[str]) -> None:
+    raise InputError(
+        "holds a run with other options:\n    " + "\n    ".join(found),
+        where=f"--output_dir {directory}",
+        mend="choose another --output_dir, give the same options to continue that run, "
+        "or --overwrite to delete it and start anew",
+    )
 
 
 def _empty(directory: Path) -> None:
@@ -117,6 +132,12 @@ def _empty(directory: Path) -> None:
     doomed = [path for path in directory.iterdir() if path.name in RUN_FILES or _is_checkpoint(path)]
     for path in sorted(doomed, key=lambda path: path.name == CONFIG):
         files.discard(path)
+
+
+def _begun(directory: Path) -> bool:
+    """Whether there is anything a new start would lose: a row of metrics or a checkpoint."""
+    metrics = directory / METRICS
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(_is_checkpoint(path) for path in directory.iterdir())
 
 
 def _is_checkpoint(path: Path) -> bool:

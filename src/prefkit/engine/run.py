@@ -212,6 +212,7 @@ class Run:
             method=self.method,
             preset=self.preset,
             values=self._values,
+            defaults=to_json(type(self.config)()),
             overwrite=self.config.overwrite,
         )
         now = environment.environment(self.world, dtype=str(self._values.get("dtype", "float32")))

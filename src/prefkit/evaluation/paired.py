@@ -1,12 +1,12 @@
 """Two policies on the same held-out rows: match the rows, then difference what was measured on them.
 
-Rows are the plain dictionaries of a run's `evaluation/pairs.jsonl` and `evaluation/samples.jsonl`.
+Rows are the plain dictionaries of a run's `evaluation/pairs.jsonl`, `completions.jsonl` and `samples.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -31,8 +31,9 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Win:
-    """A win rate by gold reward: `first` over `second`."""
+    """A win rate of `first` over `second` by one judge (a gold reward or a reward model)."""
 
+    judge: str
     first: str
     second: str
     outcome: WinRate
@@ -40,25 +41,30 @@ class Win:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything two runs' held-out rows say about them; empty lists where neither wrote such rows."""
+    """Everything two runs' held-out rows say about them; nothing where either wrote no such rows."""
 
-    pairs: int
+    rows: int
     samples: int
     differences: tuple[Difference, ...]
     wins: tuple[Win, ...]
 
 
-PAIR_METRICS: dict[str, Callable[[Row], float]] = {
-    "rewards/margins": lambda row: row["margin"],
-    "rewards/accuracies": lambda row: row["accuracy"],
-    "rewards/chosen": lambda row: row["reward_chosen"],
-    "rewards/rejected": lambda row: row["reward_rejected"],
+JUDGES = ("gold", "reward_model")
+"""prefixes of score columns in samples.jsonl: JUDGE_start, JUDGE_final, JUDGE_reference"""
+
+COLUMNS = {
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "nll": "loss",
+    "log_ratio": "objective/kl",
+    "length": "completions/mean_length",
+    "finished": "val/contain_eos_token",
+    "gold_final": "gold",
+    "reward_model_final": "objective/scores",
 }
-SAMPLE_METRICS: dict[str, Callable[[Row], float]] = {
-    "objective/kl": lambda row: row["log_ratio"],
-    "length": lambda row: row["length"],
-    "finished": lambda row: float(row["finished"]),
-}
+"""columns of evaluation rows that are compared, and the metric each is the mean of"""
 
 
 def match(a: Sequence[Row], b: Sequence[Row], what: str) -> list[tuple[Row, Row]]:
@@ -78,7 +84,7 @@ def match(a: Sequence[Row], b: Sequence[Row], what: str) -> list[tuple[Row, Row]
 
 
 def compare(
-    pairs: Sequence[tuple[Row, Row]],
+    rows: Sequence[tuple[Row, Row]],
     samples: Sequence[tuple[Row, Row]],
     *,
     names: tuple[str, str] = ("A", "B"),
@@ -86,58 +92,54 @@ def compare(
     seed: int = 0,
     level: float = 0.95,
 ) -> Comparison:
-    """Differences A - B with paired bootstrap intervals by group, and gold-reward win rates.
+    """Differences A - B with paired bootstrap intervals by group, and win rates by every judge whose scores are stored.
 
-    A row without a `group` is its own group. Win rates: A over B, each over its own start model
-    (`gold_start`) and each over the data set's reference answers (`gold_reference`), where those are stored.
+    `rows` are matched stored pairs or completions, `samples` matched own answers; a row without a `group` is its own
+    group. Win rates: A over B, each over its own start model, each over the data set's answers.
     """
-    options = {"num_resamples": num_resamples, "seed": seed}
-    differences: list[Difference] = []
-    for rows, metrics in ((pairs, PAIR_METRICS), (samples, SAMPLE_METRICS | _gold_metric(samples))):
-        if not rows:
-            continue
-        groups = _groups(rows)
-        for name, read in metrics.items():
-            a, b = [float(read(left)) for left, _ in rows], [float(read(right)) for _, right in rows]
-            differences.append(
-                Difference(
-                    metric=name,
-                    a=fmean(a),
-                    b=fmean(b),
-                    difference=paired_bootstrap(a, b, groups, level=level, **options),
-                    p=sign_flip_p(a, b, groups, **options),
-                )
-            )
-    wins = _wins(samples, names, level=level, **options) if samples else []
+    options: dict[str, Any] = {"num_resamples": num_resamples, "seed": seed, "level": level}
     return Comparison(
-        pairs=len(pairs), samples=len(samples), differences=tuple(differences), wins=tuple(wins)
+        rows=len(rows),
+        samples=len(samples),
+        differences=(*_differences(rows, **options), *_differences(samples, **options)),
+        wins=tuple(win for judge in JUDGES for win in _wins(samples, names, judge, **options)),
     )
 
 
-def _wins(samples: Sequence[tuple[Row, Row]], names: tuple[str, str], **options: Any) -> list[Win]:
+def _differences(rows: Sequence[tuple[Row, Row]], *, num_resamples: int, seed: int, level: float) -> list[Difference]:
+    found: list[Difference] = []
+    first, second, groups = [left for left, _ in rows], [right for _, right in rows], _groups(rows)
+    for column, name in COLUMNS.items():
+        if not (_all_have(first, column) and _all_have(second, column)):
+            continue
+        a, b = [float(row[column]) for row in first], [float(row[column]) for row in second]
+        interval = paired_bootstrap(a, b, groups, num_resamples=num_resamples, seed=seed, level=level)
+        p = sign_flip_p(a, b, groups, num_resamples=num_resamples, seed=seed)
+        found.append(Difference(metric=name, a=fmean(a), b=fmean(b), difference=interval, p=p))
+    return found
+
+
+def _wins(samples: Sequence[tuple[Row, Row]], names: tuple[str, str], judge: str, **options: Any) -> list[Win]:
     a, b = [left for left, _ in samples], [right for _, right in samples]
+    final, start, reference = f"{judge}_final", f"{judge}_start", f"{judge}_reference"
     contests = [
-        (names[0], a, "gold_final", names[1], b, "gold_final"),
-        (names[0], a, "gold_final", f"{names[0]} at its start", a, "gold_start"),
-        (names[1], b, "gold_final", f"{names[1]} at its start", b, "gold_start"),
-        (names[0], a, "gold_final", "the answers in the data", a, "gold_reference"),
-        (names[1], b, "gold_final", "the answers in the data", b, "gold_reference"),
+        (names[0], a, names[1], b, final),
+        (names[0], a, f"{names[0]} at its start", a, start),
+        (names[1], b, f"{names[1]} at its start", b, start),
+        (names[0], a, "the answers in the data", a, reference),
+        (names[1], b, "the answers in the data", b, reference),
     ]
     groups = _groups(samples)
     return [
         Win(
+            judge=judge,
             first=first,
             second=second,
-            outcome=from_scores([row[x] for row in left], [row[y] for row in right], groups, **options),
+            outcome=from_scores([row[final] for row in left], [row[column] for row in right], groups, **options),
         )
-        for first, left, x, second, right, y in contests
-        if _all_have(left, x) and _all_have(right, y)
+        for first, left, second, right, column in contests
+        if _all_have(left, final) and _all_have(right, column)
     ]
-
-
-def _gold_metric(samples: Sequence[tuple[Row, Row]]) -> dict[str, Callable[[Row], float]]:
-    both = [row for pair in samples for row in pair]
-    return {"gold": lambda row: row["gold_final"]} if _all_have(both, "gold_final") else {}
 
 
 def _all_have(rows: Sequence[Row], name: str) -> bool:

@@ -117,9 +117,7 @@ def sign_flip_p(
     return (1 + extreme) / (1 + num_resamples)
 
 
-def t_interval(
-    values: ArrayLike, groups: Sequence[Hashable] | None = None, *, level: float = 0.95
-) -> Interval:
+def t_interval(values: ArrayLike, groups: Sequence[Hashable] | None = None, *, level: float = 0.95) -> Interval:
     """Student t interval of the mean (n,), its standard error summed over groups, with G - 1 degrees of
     freedom.
     """

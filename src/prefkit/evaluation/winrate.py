@@ -52,9 +52,7 @@ def outcomes(scores_a: ArrayLike, scores_b: ArrayLike, *, tie_width: float = 0.0
         raise ValueError(f"tie_width must not be negative, got {tie_width}")
     first, second = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(
-            f"scores must be two lists of equal length, got shapes {first.shape}, {second.shape}"
-        )
+        raise ValueError(f"scores must be two lists of equal length, got shapes {first.shape}, {second.shape}")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("scores must be finite; a missing score is not a tie")
     gap = first - second
@@ -124,9 +122,7 @@ def lengths(
     level: float = 0.95,
 ) -> Lengths:
     """Length statistics beside the outcomes `won` (n,) of A over B (1, 0.5 or 0, or probabilities)."""
-    difference = paired_bootstrap(
-        lengths_a, lengths_b, groups, num_resamples=num_resamples, seed=seed, level=level
-    )
+    difference = paired_bootstrap(lengths_a, lengths_b, groups, num_resamples=num_resamples, seed=seed, level=level)
     first, second = np.asarray(lengths_a, dtype=np.float64), np.asarray(lengths_b, dtype=np.float64)
     outcome, gap = np.asarray(won, dtype=np.float64), first - second
     if outcome.shape != gap.shape:

@@ -18,8 +18,15 @@ def judges(config: Any) -> dict[str, Gold]:
     if config.gold_reward:
         found["gold"] = gold(config.gold_reward, config.seed)
     if config.reward_model:
-        found["reward_model"] = RewardModel.load(config.reward_model).judge
+        found["reward_model"] = _reward_model(config.reward_model)
     return found
+
+
+def _reward_model(name: str) -> Gold:
+    try:
+        return RewardModel.load(name).judge
+    except InputError as error:
+        raise InputError(error.what, where=f"--reward_model {name}", mend=error.mend) from error
 
 
 def gold(name: str, seed: int) -> Gold:

@@ -21,9 +21,12 @@ from prefkit.domains.text.metrics import (
     summarize_samples,
 )
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.sampler import Decoding, Sampler, sampler_for
+from prefkit.domains.text.generators import sampler_for
+from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
+from prefkit.engine import limits
 from prefkit.engine.run import Run
 from prefkit.engine.seeds import number
+from prefkit.errors import InputError
 from prefkit.objectives.margin import Hinge, Ipo, Kind, Logistic
 from prefkit.objectives.preference import nll
 from prefkit.protocols import Gold, Metrics, Trackable
@@ -58,6 +61,27 @@ Objective = Callable[[PairScores, Sequence[Item], TextPolicy], tuple[Tensor, Met
 
 KINDS: dict[str, Kind] = {"sigmoid": Logistic(), "ipo": Ipo(), "hinge": Hinge()}
 """loss on the margin by the name `--loss_type` takes"""
+
+
+LIMITS = {
+    "beta": limits.ABOVE_0,
+    "label_smoothing": limits.Limit(0, 0.5, below=True),
+    "sft_weight": limits.NOT_BELOW_0,
+    "offline_kl_weight": limits.NOT_BELOW_0,
+    "kl_weight": limits.NOT_BELOW_0,
+    "num_generations": limits.AT_LEAST_1,
+}
+
+
+def check_options(config: Any) -> None:
+    """InputError for options of the objective that are out of range or do not go together."""
+    limits.check(config, LIMITS)
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        raise InputError(
+            f"a smoothed label is a probability, and loss_type {config.loss_type} has no use for one",
+            where="--label_smoothing",
+            mend="leave it at 0, or --loss_type sigmoid",
+        )
 
 
 def extra_terms(config: Any, scores: PairScores) -> Tensor | float:
@@ -115,6 +139,8 @@ class PairTask:
         self.micro = self.config.per_device_train_batch_size
         world = self.policy.world
         self.global_batch = self.micro * self.config.gradient_accumulation_steps * world.size
+        if self.own is not None:  # at the start, not at the step that comes upon the prompt
+            check_prompts(self.policy, self.own.prompts or [pair.prompt for pair in self.pairs], self.own.decoding)
         self._evaluations = {
             False: self._evaluation(self.test, "test"),
             True: self._evaluation(self.selection, "selection"),

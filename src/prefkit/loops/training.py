@@ -75,8 +75,6 @@ def run_task(config: Any, method: str, data: Prepared, make: Callable[[Run], Tas
         return Result(directory=Path(config.output_dir), metrics={}, model=None, tokenizer=None)
     with Run(config, method=method) as run:
         run.fingerprint(data=data.fingerprint)
-        if run.world.is_main:
-            write_json(run.directory / "data.json", data.report())
         for line in data.describe():
             run.say(line)
         task = make(run)
@@ -94,6 +92,8 @@ def train(run: Run, task: Task, data: Prepared) -> HeldOut:
     total = data.total_steps(world.size)
     learner = Learner(task.module, config, total_steps=total, world=world)
     run.track(**task.tracked(), learner=learner)
+    if world.is_main:  # only now: the data of a run that goes on has been found to be the data it began with
+        write_json(run.directory / "data.json", data.report())
     start = _start(run, task)
     selecting = bool(config.keep_best or config.patience or config.stop_at_kl)
     tokens = sum(data.num_tokens(step, world.size) for step in range(1, run.resumed_step + 1))
@@ -123,7 +123,7 @@ def _start(run: Run, task: Task) -> HeldOut:
         return HeldOut(**read_json(path))
     run.say("measuring the start model")
     start = task.evaluate()
-    run.log(start.metrics)
+    run.evaluated(start.metrics)
     if run.world.is_main:
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"metrics": dict(start.metrics), "pairs": list(start.pairs), "samples": list(start.samples)})

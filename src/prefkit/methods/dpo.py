@@ -23,7 +23,7 @@ from prefkit.domains.text.policy import TextPolicy
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.run import Run
 from prefkit.loops.judging import judges
-from prefkit.loops.pairs import KINDS, Item, PairScores, PairTask, extra_terms, pair_task
+from prefkit.loops.pairs import KINDS, Item, PairScores, PairTask, check_options, extra_terms, pair_task
 from prefkit.loops.training import run_task
 from prefkit.objectives.margin import Hinge, Ipo, Logistic
 from prefkit.objectives.preference import dpo_loss as loss
@@ -73,6 +73,7 @@ def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any 
 
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.
     """
+    check_options(config)
     data = prepare_pairs(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
 
     def objective(scores: PairScores, items: Sequence[Item], policy: TextPolicy) -> tuple[Tensor, Metrics]:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from prefkit.domains.text.cache import tokens_fingerprint
 from prefkit.domains.text.config import Data, Lora, Model, Sampling
 from prefkit.domains.text.datasets import prepare_pairs, prompt_tokens
 from prefkit.domains.text.policy import TextPolicy
@@ -27,13 +28,23 @@ from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.run import Run
 from prefkit.errors import InputError
 from prefkit.loops.judging import judges
-from prefkit.loops.pairs import KINDS, Item, OwnSamples, PairScores, PairTask, extra_terms, own_groups, pair_task
+from prefkit.loops.pairs import (
+    KINDS,
+    Item,
+    OwnSamples,
+    PairScores,
+    PairTask,
+    check_options,
+    extra_terms,
+    own_groups,
+    pair_task,
+)
 from prefkit.loops.training import run_task
 from prefkit.objectives.divergence import BIASED, Estimator
 from prefkit.objectives.preference import hypo_kl as kl
 from prefkit.objectives.preference import hypo_loss as loss
 from prefkit.protocols import Metrics
-from prefkit.records import Result
+from prefkit.records import Group, Result
 
 __all__ = ["PRESETS", "Config", "kl", "loss", "run"]
 
@@ -138,14 +149,14 @@ def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any 
         metrics = {} if own is None or ref_own is None else own_metrics(items, own, ref_own)
         return losses + extra_terms(config, scores), metrics
 
+    prompts = prompt_tokens(config.prompt_dataset, data.tokenizer, config.max_length) if config.kl_weight else []
+
     def task(run: Run) -> PairTask:
         own = None
         if config.kl_weight:
+            run.fingerprint(prompt_dataset=tokens_fingerprint([Group(ids, ()) for ids in prompts]))
             own = OwnSamples(
-                num=config.num_generations,
-                decoding=Decoding.of(config),
-                seed=config.seed,
-                prompts=prompt_tokens(config.prompt_dataset, data.tokenizer, config.max_length),
+                num=config.num_generations, decoding=Decoding.of(config), seed=config.seed, prompts=prompts
             )
         return pair_task(config, data, run, objective, judges=judges(config), model=model, own=own)
 
@@ -182,8 +193,7 @@ def own_metrics(items: Sequence[Item], own: Tensor, ref_own: Tensor) -> Metrics:
 
 def check(config: Config) -> None:
     """Refuse what would make the KL's gradient another quantity's."""
-    if config.kl_weight < 0:
-        raise InputError(f"kl_weight is {config.kl_weight}", where="--kl_weight", mend="0 or more")
+    check_options(config)
     known = get_args(Estimator)
     if config.estimator not in known:
         reason = f"is biased: {BIASED[config.estimator]}" if config.estimator in BIASED else "is not known"

@@ -13,7 +13,7 @@ from typing import Any
 from prefkit.domains.text.config import Data, Lora, Model, Sampling
 from prefkit.domains.text.datasets import prepare_completions
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.sampler import sampler_for
+from prefkit.domains.text.generators import sampler_for
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.run import Run
 from prefkit.loops.judging import judges

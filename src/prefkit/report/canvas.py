@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefkit.report.metrics import number
 from prefkit.report.read import Estimate
 
 # Okabe and Ito's palette, told apart with every common colour blindness, without its yellow (faint on white).
@@ -43,9 +44,7 @@ STYLE: Any = {
 }
 SIZE = (4.6, 2.9)
 MARGINS = (0.62, 0.75, 0.5, 0.42)
-"""inches left (tick labels), right (line labels), below and above; fixed, so that figures side by side line
-up
-"""
+"""inches left (tick labels), right (line labels), below and above; fixed, so that figures side by side line up"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,7 @@ def save(
     size: tuple[float, float] = SIZE,
     margins: tuple[float, float, float, float] = MARGINS,
 ) -> Figure:
-    """Draws one pair of axes by `paint` and writes folder/name.png. Margins are inches: left, right, bottom,
-    top.
-    """
+    """Draws one pair of axes by `paint` and writes folder/name.png; margins as in MARGINS."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -86,14 +83,23 @@ def save(
         axes.set_title(title, pad=10)
         paint(axes)
         if axes.axison:
-            axes.ticklabel_format(axis="both", style="plain", useOffset=False)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
+            for axis in (axes.xaxis, axes.yaxis):
+                _write_ticks(axis)
         canvas.savefig(path, metadata={"Software": None})
     return Figure(name, path, title, alt)
 
 
+def _write_ticks(axis: Any) -> None:
+    """Few ticks in as few digits as tell them apart; matplotlib's own would put an offset or 1e-5 above the axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    low, high = sorted(axis.get_view_interval())
+    shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+    digits = next((d for d in range(2, 9) if len({f"{tick:.{d}g}" for tick in shown}) == len(shown)), 9)
+    axis.set_major_formatter(lambda value, _: f"{value:.{max(digits, 3)}g}".replace("-", "−"))
+
+
 def interval_text(estimate: Estimate) -> str:
     """'[0.51, 0.63]', or 'unbounded' for a single group."""
-    if not estimate.bounded:
-        return "unbounded"
-    return f"[{estimate.low:.3f}, {estimate.high:.3f}]".replace("-", "−")
+    return f"[{number(estimate.low)}, {number(estimate.high)}]" if estimate.bounded else "unbounded"

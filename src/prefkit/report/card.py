@@ -14,7 +14,7 @@ from prefkit.assets import ASSETS
 from prefkit.errors import InputError
 from prefkit.report import wording
 from prefkit.report.method import bibtex, describe
-from prefkit.report.metrics import METRICS, plain
+from prefkit.report.metrics import metric, plain
 from prefkit.report.page import save
 from prefkit.report.read import Run, read
 
@@ -28,9 +28,7 @@ KINDS = {
 }
 
 
-def write(
-    directory: Path | str, *, licence: str = "", base_model: str = "", replace: bool = True
-) -> list[Path]:
+def write(directory: Path | str, *, licence: str = "", base_model: str = "", replace: bool = True) -> list[Path]:
     """Writes README.md into the run's model folder (and adapter folder). Returns the paths written.
 
     With `replace` False a card that is there stays: somebody may have edited it.
@@ -125,9 +123,7 @@ def _front(run: Run, base: str, data: str, licence: str, adapter: bool) -> str:
 def _config(run: Run) -> list[tuple[str, Any]]:
     hidden = ("output_dir", "overwrite", "dry_run", "report_to")
     changed = {name for name, _, _ in wording.settings(run)[0]}
-    named = {
-        name: value for name, value in run.config.items() if name not in hidden and value not in ("", None)
-    }
+    named = {name: value for name, value in run.config.items() if name not in hidden and value not in ("", None)}
     return sorted(named.items(), key=lambda item: item[0] not in changed)
 
 
@@ -136,7 +132,7 @@ def _limitations(run: Run) -> list[str]:
     lines = [
         f"{verdict.label}: {verdict.sentence}"
         for verdict in wording.verdicts(evaluation)
-        if verdict.kind == "open" and METRICS.get(verdict.name, METRICS["epoch"]).neutral is not None
+        if verdict.kind in ("open", "few") and metric(verdict.name).neutral is not None
     ]
     sizes = [estimate.n for estimate in evaluation.intervals.values()]
     if sizes:
@@ -144,12 +140,8 @@ def _limitations(run: Run) -> list[str]:
     else:
         lines.append("No held-out result with an interval was stored.")
     if any(plain(name).startswith("gold") for name in evaluation.final):
-        lines.append(
-            "The gold reward is a classifier or rule: optimising towards it can exploit its mistakes."
-        )
-    lines.append(
-        "Preference training changes style and content together; it was not checked for safety or facts."
-    )
+        lines.append("The gold reward is a classifier or rule: optimising towards it can exploit its mistakes.")
+    lines.append("Preference training changes style and content together; it was not checked for safety or facts.")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefkit.report import curves, wording
 from prefkit.report.canvas import Figure, interval_text
-from prefkit.report.metrics import HEADLINE, UNIMPORTANT, duration, metric, number, plain
+from prefkit.report.metrics import UNIMPORTANT, duration, metric, number, plain, rank
 from prefkit.report.page import Table, embedded, render, save, table
 from prefkit.report.read import Run
 
@@ -88,7 +88,7 @@ def _runs(runs: Sequence[Run], labels: Sequence[str]) -> Table:
 def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:
     measured = dict.fromkeys(name for run in runs for name in run.main_evaluation.final)
     chosen = [name for name in measured if plain(name) not in UNIMPORTANT]
-    chosen.sort(key=lambda name: HEADLINE.index(plain(name)) if plain(name) in HEADLINE else len(HEADLINE))
+    chosen.sort(key=rank)
     rows = [(metric(name).label, *(_cell(run, name) for run in runs)) for name in chosen]
     return table(("Metric", *labels), rows)
 
@@ -100,9 +100,7 @@ def _cell(run: Run, name: str) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    every = dict.fromkeys(
-        name for run in runs for name in run.config if name not in ("output_dir", "overwrite")
-    )
+    every = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "overwrite"))
     return [
         (name, *(wording.shown(run.config[name]) if name in run.config else "no such option" for run in runs))
         for name in every
@@ -117,16 +115,11 @@ def _all_same(configs: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def _unfinished(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
-    return [
-        f"{label} has not finished." for label, run in zip(labels, runs, strict=True) if run.result is None
-    ]
+    return [f"{label} has not finished." for label, run in zip(labels, runs, strict=True) if run.result is None]
 
 
 def _commands(runs: Sequence[Run]) -> list[tuple[str, str]]:
     folders = [shlex.quote(wording.place(run)) for run in runs]
     lines = [("Write this page again", f"prefkit report {' '.join(folders)}")]
-    lines += [
-        ("Paired differences in the terminal", f"prefkit compare {folders[0]} {other}")
-        for other in folders[1:]
-    ]
+    lines += [("Paired differences in the terminal", f"prefkit compare {folders[0]} {other}") for other in folders[1:]]
     return lines

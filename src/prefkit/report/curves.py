@@ -29,39 +29,20 @@ class Panel:
     smooth: bool = True
 
 
+def _both(name: str, title: str, metric: str, neutral: float | None = None) -> Panel:
+    return Panel(name, title, ((metric, "train"), (f"eval_{metric}", "held out")), neutral)
+
+
 PANELS = (
-    Panel("loss", "Loss", (("loss", "train"), ("eval_loss", "held out"))),
-    Panel(
-        "accuracies",
-        "Implicit accuracy",
-        (("rewards/accuracies", "train"), ("eval_rewards/accuracies", "held out")),
-        0.5,
-    ),
-    Panel(
-        "margins", "Reward margin", (("rewards/margins", "train"), ("eval_rewards/margins", "held out")), 0.0
-    ),
-    Panel(
-        "rewards",
-        "Rewards in training",
-        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
-        0.0,
-    ),
-    Panel(
-        "kl",
-        "KL to the reference (nats)",
-        (("objective/kl", "train"), ("eval_objective/kl", "held out")),
-        0.0,
-    ),
-    Panel(
-        "gold",
-        "Gold reward of own answers",
-        (("gold", "train"), ("eval_gold", "held out")),
-    ),
-    Panel(
-        "token_accuracy",
-        "Token accuracy",
-        (("mean_token_accuracy", "train"), ("eval_mean_token_accuracy", "held out")),
-    ),
+    _both("loss", "Loss", "loss"),
+    _both("accuracies", "Preference accuracy", "rewards/accuracies", 0.5),
+    _both("margins", "Reward margin", "rewards/margins", 0.0),
+    Panel("rewards", "Rewards in training", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0),
+    _both("kl", "KL to the reference (nats)", "objective/kl", 0.0),
+    _both("gold", "Gold reward of own answers", "gold"),
+    _both("scores", "Reward-model score of own answers", "objective/scores"),
+    _both("length", "Length of own answers (tokens)", "completions/mean_length"),
+    _both("finished", "Share of answers that ended", "val/contain_eos_token"),
     Panel("learning_rate", "Learning rate", (("learning_rate", ""),), smooth=False),
     Panel("grad_norm", "Gradient norm before clipping", (("grad_norm", ""),)),
 )
@@ -111,7 +92,7 @@ def _panel(panel: Panel, runs: Sequence[Run], folder: Path, labels: Sequence[str
             smooth = panel.smooth and not name.startswith("eval_") and len(values) >= 12
             colour = COLOURS[(place if labels else part) % len(COLOURS)]
             lines.append(Line(_short(labels[place]) if labels else label, steps, values, colour, smooth))
-    if not lines:
+    if all(len(line.values) < 2 for line in lines):
         return None
 
     def paint(axes: Any) -> None:
@@ -127,9 +108,7 @@ def _panel(panel: Panel, runs: Sequence[Run], folder: Path, labels: Sequence[str
     parts = [f"{line.label or panel.title} ends at {line.shown[-1]:.4g}" for line in lines]
     longest = max(len(line.label) for line in lines)
     margins = (MARGINS[0], 0.15 + (0.1 + 0.08 * longest if longest else 0.0), *MARGINS[2:])
-    return save(
-        panel.name, panel.title, f"{panel.title} by step: {'; '.join(parts)}.", folder, paint, margins=margins
-    )
+    return save(panel.name, panel.title, f"{panel.title} by step: {'; '.join(parts)}.", folder, paint, margins=margins)
 
 
 def _short(label: str) -> str:
@@ -141,9 +120,7 @@ def _draw(axes: Any, line: Line) -> list[float]:
     """Draws one curve and returns the values that should be in view (outliers of a noisy curve need not be)."""
     if not line.smooth:
         marker = "o" if len(line.values) <= 40 else ""
-        axes.plot(
-            line.steps, line.values, color=line.colour, marker=marker, markersize=4, zorder=4, clip_on=False
-        )
+        axes.plot(line.steps, line.values, color=line.colour, marker=marker, markersize=4, zorder=4, clip_on=False)
         return line.values
     axes.plot(line.steps, line.values, color=line.colour, linewidth=0.8, alpha=0.3, zorder=2)
     axes.plot(line.steps, line.shown, color=line.colour, zorder=3)
@@ -164,8 +141,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def _frame(axes: Any, limits: Sequence[float]) -> None:
     low, high = min(limits), max(limits)
-    room = 0.06 * (high - low) or 0.05 * max(abs(high), 1e-3)
-    axes.set_ylim(low - room, high + room)
+    # At least half a percent of the values themselves is shown: noise in the sixth digit is no curve.
+    span = max(high - low, 0.005 * max(abs(low), abs(high)), 1e-9)
+    middle, room = (low + high) / 2, 0.56 * span
+    axes.set_ylim(middle - room, middle + room)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,44 +19,35 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "loss": Metric(
-        "Loss", "what the optimizer minimises; for HyPO a surrogate whose value is not the KL", "lower"
+        "Loss",
+        "training objective: nats per answer token for SFT, a surrogate whose value is not the KL for HyPO",
+        "lower",
     ),
     "grad_norm": Metric("Gradient norm", "global norm of the gradient before clipping"),
     "learning_rate": Metric("Learning rate", "learning rate of the step"),
     "epoch": Metric("Epoch", "passes over the training data so far"),
     "num_tokens": Metric("Tokens", "training tokens seen so far"),
     "rewards/accuracies": Metric(
-        "Implicit accuracy",
+        "Preference accuracy",
         "share of pairs whose chosen answer has the higher reward, a tie counting 0.5",
         "higher",
         0.5,
     ),
     "rewards/margins": Metric("Reward margin", "mean of chosen minus rejected reward", "higher", 0.0),
     "rewards/chosen": Metric(
-        "Reward of chosen", "mean beta x log-ratio (or reward) of the chosen answers", "", 0.0
+        "Reward of chosen", "mean reward of the chosen answers (β times the log-ratio for a policy)"
     ),
     "rewards/rejected": Metric(
-        "Reward of rejected", "mean beta x log-ratio (or reward) of the rejected answers", "", 0.0
+        "Reward of rejected", "mean reward of the rejected answers (β times the log-ratio for a policy)"
     ),
-    "logps/chosen": Metric("Log-prob of chosen", "mean summed log-probability of the chosen answers, nats"),
-    "logps/rejected": Metric(
-        "Log-prob of rejected", "mean summed log-probability of the rejected answers, nats"
-    ),
+    "logps/chosen": Metric("Log-prob of chosen", "mean summed log-probability of the chosen answers, in nats"),
+    "logps/rejected": Metric("Log-prob of rejected", "mean summed log-probability of the rejected answers, in nats"),
+    "logps/completion": Metric("Log-prob of answers", "mean summed log-probability of the training answers, in nats"),
     "objective/kl": Metric(
-        "KL to the reference",
-        "mean log-ratio of whole own answers to the reference, nats per answer",
-        "lower",
+        "KL to the reference", "mean log-ratio of whole own answers to the reference, nats per answer", "lower"
     ),
-    "objective/entropy": Metric("Entropy", "mean negative log-probability of own answers, nats per answer"),
-    "objective/scores": Metric("Reward-model score", "mean reward-model score of own answers", "higher"),
-    "mean_token_accuracy": Metric(
-        "Token accuracy", "share of answer tokens that are the model's first guess", "higher"
-    ),
-    "length": Metric("Answer length", "mean tokens of own answers"),
-    "finished": Metric("Finished answers", "share of own answers that ended before the token limit"),
+    "objective/scores": Metric("Reward-model score", "mean score of own answers by the reward model", "higher"),
     "gold": Metric("Gold reward", "mean gold reward of own answers", "higher"),
-    "val/contain_eos_token": Metric("Finished answers", "share of own answers that ended before the token limit"),
-    "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),
     "win_rate_over_start": Metric(
         "Win rate over the start",
         "share of prompts whose answer beats the start model's by this judge, a tie counting 0.5",
@@ -69,18 +60,31 @@ METRICS: dict[str, Metric] = {
         "higher",
         0.5,
     ),
-    "win_rate": Metric(
-        "Win rate over the start",
-        "share of prompts whose answer beats the start model's, a tie counting 0.5",
-        "higher",
-        0.5,
-    ),
+    "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),
+    "val/contain_eos_token": Metric("Finished answers", "share of own answers that ended before the token limit"),
 }
+"""names as in metrics.jsonl; evaluation puts `eval_` before them, and a judge's name may follow after a slash"""
 
-HEADLINE = ("rewards/accuracies", "rewards/margins", "win_rate", "gold", "objective/scores", "loss")
+HEADLINE = (
+    "rewards/accuracies",
+    "rewards/margins",
+    "win_rate_over_start",
+    "gold",
+    "objective/scores",
+    "win_rate_over_data",
+    "objective/kl",
+    "loss",
+)
 """metrics that can lead the report, most telling first"""
 
 UNIMPORTANT = ("epoch", "num_tokens", "learning_rate", "grad_norm", "seconds", "step")
+
+
+def rank(name: str) -> int:
+    """Place of a metric in reading order; what is not in HEADLINE comes after it."""
+    name = plain(name)
+    known = [place for place, lead in enumerate(HEADLINE) if name == lead or name.startswith(f"{lead}/")]
+    return known[0] if known else len(HEADLINE)
 
 
 def plain(name: str) -> str:
@@ -89,19 +93,16 @@ def plain(name: str) -> str:
 
 
 def metric(name: str) -> Metric:
-    """The glossary entry of a name such as `eval_rewards/margins` or `gold/win_rate`; unknown names label
-    themselves.
+    """The glossary entry of a name such as `eval_rewards/margins` or `win_rate_over_start/gold`.
+
+    What follows a known name after a slash is the judge. An unknown name labels itself.
     """
     name = plain(name)
     if name in METRICS:
         return METRICS[name]
-    family, _, last = name.rpartition("/")
-    if last in METRICS and family:
-        known = METRICS[last]
-        return Metric(f"{known.label} ({family})", known.meaning, known.better, known.neutral)
+    family, _, judge = name.rpartition("/")
     if family in METRICS:
-        known = METRICS[family]
-        return Metric(f"{known.label} ({last})", known.meaning, known.better, known.neutral)
+        return replace(METRICS[family], label=f"{METRICS[family].label}, by {judge.replace('_', ' ')}")
     return Metric(name.replace("_", " ").replace("/", " / "), "")
 
 

@@ -22,6 +22,8 @@ from prefkit.report.read import Row, Run, read
 MOST_SAMPLES = 40
 """samples on the page; the files hold all of them"""
 
+QUANTILES = (("0", "shortest"), ("0.5", "median"), ("0.95", "95 %"), ("1", "longest"))
+
 Table = dict[str, Any]
 """title, columns, numeric (names of right-aligned columns), rows, kind"""
 
@@ -52,9 +54,7 @@ def context(run: Run, figures: Sequence[Figure], intervals: Figure | None) -> di
         "verdicts_shown": wording.verdicts(run.main_evaluation),
         "intervals": [embedded(intervals)] if intervals else [],
         "split_note": wording.split_note(run),
-        "change": table(("Metric", "Start", "Final", "Change", "Interval of final"), change)
-        if change
-        else None,
+        "change": table(("Metric", "Start", "Final", "Change", "Interval of final"), change) if change else None,
         "plots": [embedded(figure) for figure in figures],
         "samples": [_sample(row) for row in run.samples[:MOST_SAMPLES]],
         "samples_note": _samples_note(run),
@@ -94,9 +94,7 @@ def save(html: str, path: Path) -> Path:
         partial.write_text(html, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise InputError(
-            f"cannot be written: {error.strerror}", where=str(path), mend="choose another --out"
-        ) from None
+        raise InputError(f"cannot be written: {error.strerror}", where=str(path), mend="choose another --out") from None
     return path
 
 
@@ -153,36 +151,50 @@ def _sample(row: Row) -> dict[str, str]:
         remarks.append("cut at the token limit")
     if row.get("log_ratio") is not None:
         remarks.append(f"log-ratio to the reference {number(row['log_ratio'], digits=2)} nats")
+    judge = next((judge for judge in ("gold", "reward_model") if row.get(f"{judge}_final") is not None), "")
+    before, after = row.get(f"{judge}_start"), row.get(f"{judge}_final")
     return {
         "prompt": text_of(row["prompt"]),
         "start": str(row.get("answer_start") or ""),
         "final": str(row["answer_final"]),
-        "gold_start": number(row["gold_start"], digits=2) if row.get("gold_start") is not None else "",
-        "gold_final": number(row["gold_final"], digits=2) if row.get("gold_final") is not None else "",
+        "judge": judge.replace("_", " "),
+        "score_start": number(before, digits=2) if before is not None else "",
+        "score_final": number(after, digits=2) if after is not None else "",
         "remarks": " · ".join(remarks),
     }
 
 
 def _samples_note(run: Run) -> str:
     count, total = min(len(run.samples), MOST_SAMPLES), len(run.samples)
-    which = (
-        f"The first {count} of {total} held-out prompts" if count < total else f"All {total} held-out prompts"
-    )
+    which = f"The first {count} of {total} held-out prompts" if count < total else f"All {total} held-out prompts"
     return f"{which}, in their order: nothing is picked by hand."
 
 
 def _data(data: Mapping[str, Any]) -> list[Table]:
-    """A table per part of the data report (train, held out), whatever it counted."""
+    """Tables per part of the data report (train, held out): what was counted, and how long the answers are."""
     tables: list[Table] = []
     for title, part in _parts(data):
-        rows = [
-            (name.removeprefix("counts/").replace("_", " ").replace("/", ": "), wording.shown(value))
-            for name, value in _flat(part)
-            if not name.startswith("problems")
-        ]
+        counted = {name: value for name, value in part.items() if name not in ("problems", "lengths", "fingerprint")}
+        rows = [(name.replace("_", " ").replace("/", ": "), wording.shown(value)) for name, value in _flat(counted)]
         if rows:
             tables.append(pairs(rows, title=title))
+        lengths = _lengths(part.get("lengths") or {})
+        if lengths:
+            columns = ("Length", *(label for _, label in QUANTILES))
+            tables.append(table(columns, lengths, title=f"{title}: lengths".removeprefix(": ")))
     return tables
+
+
+def _lengths(lengths: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row per part of a data row (prompt, chosen, ...): its quantiles, with their unit."""
+    return [
+        (
+            f"{name}, {spread.get('unit', '')}".removesuffix(", "),
+            *(wording.shown(spread["quantiles"].get(key)) for key, _ in QUANTILES),
+        )
+        for name, spread in lengths.items()
+        if isinstance(spread, Mapping) and isinstance(spread.get("quantiles"), Mapping)
+    ]
 
 
 def _problems(data: Mapping[str, Any]) -> Table | None:

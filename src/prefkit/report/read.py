@@ -84,6 +84,7 @@ class Run:
     evaluation: Evaluation
     test: Evaluation | None
     pairs: tuple[Row, ...]
+    completions: tuple[Row, ...]
     samples: tuple[Row, ...]
     result: Result | None
     notes: tuple[str, ...]
@@ -98,22 +99,27 @@ class Run:
         return self.test or self.evaluation
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and finite values of one metric; two empty lists when it was never logged."""
-        points = [
-            (float(row.get("step", 0)), float(row[name]))
-            for row in self.metrics
-            if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
+        """Steps and finite values of one metric; two empty lists when it was never logged.
+
+        A held-out series ends with the final evaluation, unless other held-out rows measured the steps before.
+        """
+        points = [(float(row.get("step", 0)), row.get(name)) for row in self.metrics]
+        if name in self.evaluation.final and self.result and not self.data.get("parts", {}).get("selection"):
+            points = [point for point in points if point[0] != self.result.selected_step or point[1] is not None]
+            if all(step != self.result.selected_step for step, _ in points):
+                points.append((float(self.result.selected_step), self.evaluation.final[name]))
+        finite = [
+            (step, float(value)) for step, value in points if isinstance(value, (int, float)) and math.isfinite(value)
         ]
-        return [step for step, _ in points], [value for _, value in points]
+        finite.sort()
+        return [step for step, _ in finite], [value for _, value in finite]
 
 
 def read(directory: Path | str) -> Run:
     """Reads a run directory. Raises InputError when it is none, or when a file of it is damaged."""
     folder = Path(directory)
     if not folder.is_dir():
-        raise InputError(
-            "there is no such folder", where=str(directory), mend="give the --output_dir of a run"
-        )
+        raise InputError("there is no such folder", where=str(directory), mend="give the --output_dir of a run")
     if not (folder / "config.json").is_file():
         raise InputError(
             "this is not a run directory: it has no config.json",
@@ -142,6 +148,7 @@ def read(directory: Path | str) -> Run:
         evaluation=_evaluation(evaluation, folder / "evaluation.json"),
         test=_evaluation(evaluation["test"], folder / "evaluation.json") if evaluation.get("test") else None,
         pairs=_rows(folder / "evaluation" / "pairs.jsonl", ("row", "prompt", "margin", "accuracy")),
+        completions=_rows(folder / "evaluation" / "completions.jsonl", ("row", "prompt", "nll")),
         samples=_rows(folder / "evaluation" / "samples.jsonl", ("row", "prompt", "answer_final")),
         result=_result(folder / "result.json"),
         notes=notes,
@@ -184,9 +191,7 @@ def _metrics(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
     lines = _lines(path)
     cut = bool(lines) and not path.read_text(encoding="utf-8").endswith("\n") and not _parses(lines[-1][1])
     rows = tuple(_row(line, path, place) for place, line in (lines[:-1] if cut else lines))
-    return rows, (
-        "The last line of metrics.jsonl was cut off while it was written; it is left out.",
-    ) if cut else ()
+    return rows, ("The last line of metrics.jsonl was cut off while it was written; it is left out.",) if cut else ()
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -210,9 +215,7 @@ def _row(line: str, path: Path, place: int) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"damaged JSON at line {place}: {error.msg}", where=str(path), mend=_MEND_DAMAGE
-        ) from None
+        raise InputError(f"damaged JSON at line {place}: {error.msg}", where=str(path), mend=_MEND_DAMAGE) from None
     if not isinstance(row, dict):
         raise InputError(f"line {place} is not a JSON object", where=str(path), mend=_MEND_DAMAGE)
     return row

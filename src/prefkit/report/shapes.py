@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prefkit.report.canvas import COLOURS, FAINT, INK, Figure, interval_text, save
-from prefkit.report.metrics import metric, number
+from prefkit.report.metrics import metric, number, rank
 from prefkit.report.read import Estimate, Run
 
 START, FINAL = "#8C8C8C", COLOURS[0]
@@ -21,7 +21,11 @@ def intervals(run: Run, folder: Path) -> Figure | None:
     line.
     """
     evaluation = run.main_evaluation
-    shown = [(name, fields) for name, fields in evaluation.intervals.items() if fields.bounded][:6]
+    shown = [
+        (name, fields)
+        for name, fields in sorted(evaluation.intervals.items(), key=lambda item: rank(item[0]))
+        if fields.bounded
+    ][:6]
     if not shown:
         return None
     started = [evaluation.start.get(name) for name, _ in shown]
@@ -60,15 +64,11 @@ def _strip(axes: Any, place: int, name: str, fields: Estimate, start: float | No
     if known.neutral is not None:
         x = at(known.neutral)
         axes.plot([x, x], [place - 0.13, place + 0.2], color=INK, linewidth=1.2, zorder=2)
-        axes.text(
-            x, place + 0.26, number(known.neutral, digits=1), ha="center", va="top", fontsize=8, color=INK
-        )
+        axes.text(x, place + 0.26, number(known.neutral, digits=1), ha="center", va="top", fontsize=8, color=INK)
     if start is not None and start != known.neutral:
         axes.plot([at(start)], [place], "o", color="white", markeredgecolor=START, markersize=6, zorder=3)
         axes.text(at(start), place + 0.26, "start", ha="center", va="top", fontsize=8, color=START)
-    axes.plot(
-        [at(fields.low), at(fields.high)], [place, place], color=FINAL, linewidth=4, zorder=4, alpha=0.45
-    )
+    axes.plot([at(fields.low), at(fields.high)], [place, place], color=FINAL, linewidth=4, zorder=4, alpha=0.45)
     axes.plot([at(fields.mean)], [place], "o", color=FINAL, markersize=8, zorder=5)
     axes.text(0, place - 0.2, known.label, ha="left", va="bottom", fontsize=9.5, color=INK)
     axes.text(
@@ -94,11 +94,11 @@ def histograms(run: Run, folder: Path) -> list[Figure]:
     if len(ratios) > 1:
         title = "Log-ratio of own answers, nats"
         figures.append(_histogram("log-ratios", title, [("after", ratios, FINAL)], folder, zero=True))
-    before, after = _column(run.samples, "gold_start"), _column(run.samples, "gold_final")
-    if len(after) > 1:
-        both = [("before", before, START)] if len(before) > 1 else []
-        title = "Gold reward of own answers"
-        figures.append(_histogram("gold-spread", title, [*both, ("after", after, FINAL)], folder))
+    for judge, title in (("gold", "Gold reward of own answers"), ("reward_model", "Reward-model score of own answers")):
+        before, after = _column(run.samples, f"{judge}_start"), _column(run.samples, f"{judge}_final")
+        if len(after) > 1:
+            both = [("before", before, START)] if len(before) > 1 else []
+            figures.append(_histogram(f"{judge}-spread", title, [*both, ("after", after, FINAL)], folder))
     return figures
 
 
@@ -135,9 +135,7 @@ def _histogram(
         axes.set_ylim(0, top * 1.18)
         axes.set_ylabel("rows")
 
-    words = "; ".join(
-        f"{label}: mean {np.mean(values):.4g} over {len(values)} rows" for label, values, _ in sets
-    )
+    words = "; ".join(f"{label}: mean {np.mean(values):.4g} over {len(values)} rows" for label, values, _ in sets)
     return save(
         name,
         title,
@@ -149,8 +147,4 @@ def _histogram(
 
 
 def _column(rows: Sequence[Any], name: str) -> list[float]:
-    return [
-        float(row[name])
-        for row in rows
-        if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
-    ]
+    return [float(row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]

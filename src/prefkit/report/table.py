@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from prefkit.report import wording
-from prefkit.report.metrics import number
+from prefkit.report.metrics import metric, number
 from prefkit.report.page import text_of
 from prefkit.report.read import Row, read
 
-COLOUR = {"good": "green", "bad": "red", "open": "yellow"}
+COLOUR = {"good": "green", "bad": "red", "open": "yellow", "few": "yellow"}
 
 
 def print_summary(directory: Path | str, *, console: Console | None = None) -> None:
@@ -25,10 +25,8 @@ def print_summary(directory: Path | str, *, console: Console | None = None) -> N
     if rows:
         console.print(_grid(("Metric", "Start", "Final", "Change", "Interval of final"), rows))
     for verdict in wording.verdicts(run.main_evaluation):
-        text = Text(
-            f"{verdict.label} {verdict.value}, {verdict.interval}: {verdict.sentence}", COLOUR[verdict.kind]
-        )
-        if verdict.name in ("rewards/accuracies", "rewards/margins", "win_rate"):
+        text = Text(f"{verdict.label} {verdict.value}, {verdict.interval}: {verdict.sentence}", COLOUR[verdict.kind])
+        if metric(verdict.name).neutral is not None:
             console.print(text)
     if run.result:
         console.print(wording.selection(run))
@@ -45,17 +43,13 @@ def print_samples(rows: Sequence[Row], limit: int = 3, *, console: Console | Non
     if not rows or limit < 1:
         return
     console = console or Console()
-    table = Table(
-        title=f"Held-out answers, first {min(limit, len(rows))} of {len(rows)}", title_justify="left"
-    )
+    table = Table(title=f"Held-out answers, first {min(limit, len(rows))} of {len(rows)}", title_justify="left")
     table.add_column("Prompt", ratio=2, overflow="fold")
     table.add_column("Before", ratio=3, overflow="fold")
     table.add_column("After", ratio=3, overflow="fold")
     for row in rows[:limit]:
         before = _answer(row.get("answer_start"), row.get("gold_start"))
-        table.add_row(
-            Text(text_of(row["prompt"])), before, _answer(row["answer_final"], row.get("gold_final"))
-        )
+        table.add_row(Text(text_of(row["prompt"])), before, _answer(row["answer_final"], row.get("gold_final")))
         table.add_section()
     console.print(table)
 

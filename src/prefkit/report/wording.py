@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from typing import Any
 
 from prefkit.report.canvas import interval_text
 from prefkit.report.method import describe
-from prefkit.report.metrics import HEADLINE, UNIMPORTANT, duration, metric, number, plain, signed
+from prefkit.report.metrics import UNIMPORTANT, duration, metric, number, plain, rank, signed
 from prefkit.report.read import Estimate, Evaluation, Run
+
+FEW_GROUPS = 10
+"""below so many independent groups a bootstrap interval covers too little, so no verdict is given"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +28,12 @@ class Verdict:
     interval: str
     sentence: str
     kind: str
-    """good | bad | open: excluded on the good side, excluded on the bad side, or not excluded"""
+    """good | bad | open | few: excluded on the good side or the bad side, not excluded, or too few groups to tell"""
 
 
 def verdicts(evaluation: Evaluation) -> list[Verdict]:
     """A verdict per metric that has an interval, the most telling first."""
-    known = {plain(name): name for name in evaluation.intervals}
-    order = [name for name in HEADLINE if name in known] + [name for name in known if name not in HEADLINE]
-    return [_verdict(name, evaluation.intervals[known[name]]) for name in order]
+    return [_verdict(plain(name), evaluation.intervals[name]) for name in sorted(evaluation.intervals, key=rank)]
 
 
 def _verdict(name: str, estimate: Estimate) -> Verdict:
@@ -47,15 +49,11 @@ def _verdict(name: str, estimate: Estimate) -> Verdict:
 
 
 def judge(name: str, estimate: Estimate) -> tuple[str, str]:
-    """(good | bad | open, sentence) for an estimate against the metric's neutral value."""
+    """(kind as in Verdict, sentence) for an estimate against the metric's neutral value."""
     known = metric(name)
-    over = (
-        f"{estimate.n} rows in {estimate.groups} groups"
-        if estimate.groups != estimate.n
-        else f"{estimate.n} rows"
-    )
+    over = f"{estimate.n} rows in {estimate.groups} groups" if estimate.groups != estimate.n else f"{estimate.n} rows"
     if not estimate.bounded:
-        return "open", f"Measured on one group of {estimate.n} rows: too little for an interval."
+        return "few", f"Measured on one group of {estimate.n} rows: too little for an interval."
     if known.neutral is None:
         meaning = f"{known.meaning[0].upper()}{known.meaning[1:]}, over" if known.meaning else "Over"
         return "open", f"{meaning} {over}."
@@ -64,6 +62,8 @@ def judge(name: str, estimate: Estimate) -> tuple[str, str]:
         return "open", f"{neutral} is not excluded: over {over} this may be chance."
     side = "above" if estimate.mean > known.neutral else "below"
     sentence = f"{neutral} is excluded: the whole interval lies {side} it, over {over}."
+    if estimate.groups < FEW_GROUPS:
+        return "few", f"{sentence} With fewer than {FEW_GROUPS} groups an interval is too narrow to be trusted."
     if not known.better:
         return "open", sentence
     return ("good" if (side == "above") == (known.better == "higher") else "bad"), sentence
@@ -72,11 +72,8 @@ def judge(name: str, estimate: Estimate) -> tuple[str, str]:
 def change_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str, str]]:
     """(metric, start, final, change, interval of the final value), every metric that was measured."""
     names = dict.fromkeys([*evaluation.start, *evaluation.final])
-    order = sorted(
-        names, key=lambda name: HEADLINE.index(plain(name)) if plain(name) in HEADLINE else len(HEADLINE)
-    )
     rows: list[tuple[str, str, str, str, str]] = []
-    for name in order:
+    for name in sorted(names, key=rank):
         if plain(name) in UNIMPORTANT:
             continue
         start, final = evaluation.start.get(name), evaluation.final.get(name)
@@ -88,18 +85,18 @@ def change_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str, str]]:
 
 
 def named(value: Any) -> str:
-    """A model or data name for people: a Hub id or asset as it is, a path as its last part."""
+    """A model or data name for people: a Hub id or asset as it is, a path (of any system) as its last part."""
     text = str(value or "")
-    return Path(text).name if is_path(text) else text
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_path(text) else text
 
 
 def is_path(text: str) -> bool:
     """True for what looks like a place on a disk, as against a Hub id, an asset or another plain word."""
     if text.startswith(("/", "~", ".", "\\")) or "\\" in text or text[1:3] in (":/", ":\\"):
         return True
-    return text.count("/") > 1 or text.endswith(
-        (".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".txt", "/")
-    )
+    if text.count("/") > 1 or text.endswith((".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".txt", "/")):
+        return True
+    return "/" in text and Path(text).exists()  # runs/sft has the shape of a Hub id
 
 
 def lede(run: Run) -> str:
@@ -107,9 +104,7 @@ def lede(run: Run) -> str:
     model = named(run.config.get("model_name_or_path")) or "a model given in memory"
     data = named(run.config.get("dataset_name")) or "data given in memory"
     how = "a LoRA adapter on " if run.config.get("use_peft") else ""
-    steps = (
-        run.result.steps if run.result else max((int(row.get("step", 0)) for row in run.metrics), default=0)
-    )
+    steps = run.result.steps if run.result else max((int(row.get("step", 0)) for row in run.metrics), default=0)
     return f"{describe(run.method).title} trained {how}{model} on {data} for {steps:,} optimizer steps."
 
 
@@ -123,6 +118,7 @@ def headline(run: Run) -> str:
         "good": "learned beyond chance",
         "bad": "moved the wrong way",
         "open": "no difference beyond chance",
+        "few": "too few groups to tell",
     }
     name = f"{first.label} {first.value} on held‑out rows"
     return name if metric(first.name).neutral is None else f"{name}: {verb[first.kind]}"
@@ -130,14 +126,14 @@ def headline(run: Run) -> str:
 
 def split_note(run: Run) -> str:
     """Which rows the headline was measured on, and whether they had a say in choosing the model."""
-    if run.test is not None:
-        return "Measured on the test split, which chose nothing. Intervals resample whole groups of rows."
-    if run.result and run.result.selected_by_held_out:
-        return (
-            "Measured on the same held-out rows that chose the step, so these numbers are somewhat "
-            "optimistic; a separate test split would not be."
-        )
-    return "Measured on held-out rows that chose nothing. Intervals resample whole groups of rows."
+    if not (run.result and run.result.selected_by_held_out):
+        return "Measured on held-out rows that chose nothing. Intervals resample whole groups of rows."
+    if run.test is not None or run.data.get("parts", {}).get("selection"):
+        return "Measured on held-out rows that chose nothing: others chose the step. Intervals resample whole groups."
+    return (
+        "Measured on the same held-out rows that chose the step, so these numbers are somewhat optimistic; "
+        "separate rows would not be."
+    )
 
 
 def selection(run: Run) -> str:
@@ -150,7 +146,6 @@ def selection(run: Run) -> str:
         parts.append(f"The run ended early: {result.reason or result.status}.")
     elif result.reason:
         parts.append(f"{result.reason[0].upper()}{result.reason[1:]}.")
-    parts.append("Test prompts never choose a step.")
     return " ".join(parts)
 
 
@@ -184,9 +179,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """Exact commands for this run: (what it does, line)."""
     folder = place(run)
     quoted, again = shlex.quote(folder), shlex.quote(f"{folder}-again")
-    lines = (
-        [("How it was started", str(run.environment["command"]))] if run.environment.get("command") else []
-    )
+    lines = [("How it was started", str(run.environment["command"]))] if run.environment.get("command") else []
     lines += [
         (
             "Run it again with exactly these settings",

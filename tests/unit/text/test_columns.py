@@ -71,9 +71,7 @@ def test_implicit_string_prompts() -> None:
 
 def test_a_wrong_column_lists_what_there_is_and_what_was_meant() -> None:
     message = complaint({"question": "a", "choosen": "b", "rejected": "c"})
-    assert (
-        "no column 'chosen'; found choosen, question, rejected; expected prompt, chosen, rejected" in message
-    )
+    assert "no column 'chosen'; found choosen, question, rejected; expected prompt, chosen, rejected" in message
     assert "rename choosen -> chosen" in message
     assert "data convert" in complaint({"context": "a", "completions": []})
     assert "no column 'chosen' nor 'rejected'" in complaint({"a": 1})

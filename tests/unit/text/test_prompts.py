@@ -57,15 +57,10 @@ def test_conversations_split_at_the_last_common_user_turn() -> None:
     shared = [user("a"), assistant("b"), user("c")]
     assert split_messages([*shared, assistant("x")], [*shared, assistant("y")]) == 3
     assert split_messages([*shared, assistant("x")], [*shared, assistant("x")]) == 3
-    assert (
-        split_messages([user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")])
-        == 1
-    )
+    assert split_messages([user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")]) == 1
     assert split_messages([user("a"), assistant("b")], [user("z"), assistant("b")]) == 0
     assert (
-        split_messages(
-            [{"role": "system", "content": "s"}, user("a")], [{"role": "system", "content": "s"}, user("b")]
-        )
+        split_messages([{"role": "system", "content": "s"}, user("a")], [{"role": "system", "content": "s"}, user("b")])
         == 0
     )
 

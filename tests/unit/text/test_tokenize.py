@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.tiny_tokenizers import CHATML, byte_bpe, chatml, families, sentencepiece
+from tests.tiny_tokenizers import CHATML, byte_bpe, chatml, families, sentencepiece, whole_words
 
 from prefkit.domains.text.render import front_tokens, stop_tokens
 from prefkit.domains.text.tokenize import (
@@ -55,9 +55,7 @@ def pair(tokenizer: Any, row: Preference, **options: Any) -> Pair:
         ("cap", "ital", "able"),
     ],
 )
-def test_prompt_and_answer_read_as_the_full_text(
-    family: str, prompt: str, chosen: str, rejected: str
-) -> None:
+def test_prompt_and_answer_read_as_the_full_text(family: str, prompt: str, chosen: str, rejected: str) -> None:
     tokenizer = families()[family]
     made = pair(tokenizer, strings(prompt, chosen, rejected))
     front = front_tokens(tokenizer)
@@ -72,16 +70,10 @@ pieces = st.text(alphabet="aeiTh 14:.\n", max_size=8)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(FAMILIES), pieces.map(lambda s: "T" + s), pieces.map(lambda s: s + "h"))
-def test_any_border_is_exact_or_refused(family: str, prompt: str, answer: str) -> None:
+def test_any_border_is_exact(family: str, prompt: str, answer: str) -> None:
     tokenizer = families()[family]
     full = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    try:
-        made = tokenize_completion(
-            tokenizer, Completion(prompt=prompt, completion=answer, row=4), max_length=99
-        )
-    except InputError as error:
-        assert family == "sentencepiece" and "row 5" in str(error)
-        return
+    made = tokenize_completion(tokenizer, Completion(prompt=prompt, completion=answer), max_length=99)
     bare = made.prompt[len(front_tokens(tokenizer)) :]
     assert text(tokenizer, bare, made.completion[:-1]) == text(tokenizer, full)
     assert made.prompt == tokenize_prompt(tokenizer, prompt)
@@ -89,12 +81,18 @@ def test_any_border_is_exact_or_refused(family: str, prompt: str, answer: str) -
 
 def test_a_merge_across_the_border_is_encoded_apart() -> None:
     tokenizer = byte_bpe()
-    assert len(tokenizer("cap", add_special_tokens=False)["input_ids"]) > 1
     whole = tokenizer(" capital", add_special_tokens=False)["input_ids"]
     assert len(whole) == 1, "the test needs a word that is one token"
     made = pair(tokenizer, strings(" cap", "ital", "able"))
     assert made.prompt == tokenize_prompt(tokenizer, " cap")
     assert text(tokenizer, made.prompt, made.chosen[:-1]) == " capital"
+
+
+def test_a_border_that_cannot_be_kept_is_refused_with_the_row() -> None:
+    tokenizer = whole_words(["capital", "cap", "ital", "able"])
+    with pytest.raises(InputError, match="row 3, field 'chosen': a token straddles the border"):
+        pair(tokenizer, strings("cap", "ital", " able", row=2))
+    assert len(pair(tokenizer, strings("cap", " ital", " able")).chosen) == 2
 
 
 def test_both_answers_share_the_prompt_ids() -> None:
@@ -201,16 +199,14 @@ def test_a_template_that_rewrites_the_prompt_is_refused_with_the_row() -> None:
     tokenizer.chat_template = CHATML.replace(
         "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>{% endif"
     )
-    with pytest.raises(
-        InputError, match="row 4, field 'prompt': the chat template renders the prompt differently"
-    ):
+    with pytest.raises(InputError, match="row 4, field 'prompt': the chat template renders the prompt differently"):
         pair(tokenizer, chat("a", "b", "c", row=3))
 
 
 def test_a_template_may_refuse_a_conversation() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(InputError, match="row 4, field 'prompt': .*no system turns"):
+    with pytest.raises(InputError, match=r"row 4, field 'prompt': .*no system turns"):
         pair(tokenizer, chat("a", "b", "c", row=3))
 
 
@@ -262,6 +258,4 @@ def test_many_rows_equal_single_rows() -> None:
     tokenizer = chatml()
     rows: list[Preference] = [chat(f"What is {i}?", "blue " * (i % 5 + 1), "no", row=i) for i in range(30)]
     rows += [strings(f"The sky {i} ", "is blue", "was", row=30 + i) for i in range(10)]
-    assert tokenize_pairs(tokenizer, rows, max_length=60) == [
-        pair(tokenizer, row, max_length=60) for row in rows
-    ]
+    assert tokenize_pairs(tokenizer, rows, max_length=60) == [pair(tokenizer, row, max_length=60) for row in rows]

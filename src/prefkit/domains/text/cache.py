@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefkit.engine import files
 from prefkit.errors import InputError
 from prefkit.records import Group
 
@@ -76,20 +77,23 @@ def _read(path: Path) -> tuple[Key, Tensor]:
         with safe_open(path, framework="pt") as file:
             metadata: Any = file.metadata() or {}
             table = file.get_tensor("log_probs")
-        whole = metadata["sha256"] == _digest(table)
-    except (SafetensorError, KeyError, OSError) as error:
+        about = json.loads(metadata["about"])
+        whole = about.pop("sha256") == _digest(table)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(f"the reference cache is damaged ({error})", where=str(path), mend="delete it") from error
     if not whole:
         raise InputError("the reference cache is damaged (its hash differs)", where=str(path), mend="delete it")
-    return {k: v for k, v in metadata.items() if k != "sha256"}, table
+    return about, table
 
 
 def _write(path: Path, table: Tensor, key: Key) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"log_probs": table.contiguous()}, temporary, metadata={**key, "sha256": _digest(table)})
+    temporary = path.with_name(f"{files.UNFINISHED}{path.name}")  # a run sweeps leftovers of this name away
+    about = json.dumps({**key, "sha256": _digest(table)}, sort_keys=True)
+    # One entry: safetensors writes several in any order, and the same table should be the same bytes.
+    save_file({"log_probs": table.contiguous()}, temporary, metadata={"about": about})
     os.replace(temporary, path)
 
 

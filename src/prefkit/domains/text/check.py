@@ -93,6 +93,7 @@ def check(
     max_length: int = 1024,
     append_eos: bool = True,
     long_prompts: Literal["refuse", "drop"] = "refuse",
+    context: int = 0,
     where: Where = row_name,
     problems: Iterable[Problem] = (),
     name: str = "",
@@ -101,10 +102,10 @@ def check(
 
     With a tokenizer every row is tokenized: borders, template, lengths in tokens, truncation; without one
     lengths are in characters. `evaluation`: rows that must not be trained on. `where` names the place of a
-    row (0-based), `problems` are those found while reading. Empty answers and rows that cannot be tokenized
+    row (0-based), `problems` are those found while reading, `context` the tokens the model takes (0: any number). Empty answers and rows that cannot be tokenized
     are errors; identical pairs (as text or, cut to max_length, as tokens) are left out of training, counted.
     """
-    settings = Settings(max_length, append_eos, long_prompts)
+    settings = Settings(max_length, append_eos, long_prompts, context)
     found = _Findings(list(problems), where)
     unread = {problem.row for problem in found.problems if problem.row >= 0} - {row.row for row in rows}
     _texts(rows, found)
@@ -258,7 +259,7 @@ def _encode(
             found.rows["apart"].add(row.row)
         names = [name for name, cut in zip(_answers(row), result.truncated, strict=True) if cut]
         if names:
-            what = f"cut at max_length {settings.max_length}; no end-of-sequence token is added"
+            what = f"cut at {settings.named()}; no end-of-sequence token is added"
             found.warn("truncated", row, ", ".join(names), what, "raise --max_length if memory allows")
         if isinstance(row, Preference) and result.answers[0] == result.answers[1] and place not in found.out:
             what = "chosen and rejected are the same tokens once cut; the row is left out of training"

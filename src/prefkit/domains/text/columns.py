@@ -103,15 +103,12 @@ def parse_completions(source: Source) -> tuple[list[Completion], list[Problem]]:
     if {"chosen", "rejected"} <= columns:
         pairs, problems = parse_preferences(source)
         return [
-            Completion(prompt=pair.prompt, completion=pair.chosen, row=pair.row, extra=pair.extra)
-            for pair in pairs
+            Completion(prompt=pair.prompt, completion=pair.chosen, row=pair.row, extra=pair.extra) for pair in pairs
         ], problems
     for shape, reader in (("messages", _from_messages), ("text", _from_text)):
         if shape in columns and "completion" not in columns:
             return _parse(source, reader)
-    missing = _missing_columns(
-        source, ("prompt", "completion"), "prompt and completion, or messages, or text"
-    )
+    missing = _missing_columns(source, ("prompt", "completion"), "prompt and completion, or messages, or text")
     return ([], missing) if missing else _parse(source, _completion)
 
 
@@ -146,16 +143,10 @@ def _missing_columns(source: Source, needed: Iterable[str], expected: str) -> li
         return []
     shape = detect(source.rows[0])
     if shape:
-        mend = (
-            f"this looks like {shape}: `prefkit data convert {source.name} --from {shape} --out pairs.jsonl`"
-        )
+        mend = f"this looks like {shape}: `prefkit data convert {source.name} --from {shape} --out pairs.jsonl`"
     else:
         near = [f"{_nearest(name, columns)} -> {name}" for name in missing if _nearest(name, columns)]
-        mend = (
-            f"rename {', '.join(near)}"
-            if near
-            else "rename your columns; docs/data-formats.md shows each shape"
-        )
+        mend = f"rename {', '.join(near)}" if near else "rename your columns; docs/data-formats.md shows each shape"
     found = ", ".join(columns) if columns else "none"
     what = f"no column {' nor '.join(map(repr, missing))}; found {found}; expected {expected}"
     return [Problem(kind="columns", what=what, mend=mend, where=source.name, field=missing[0])]
@@ -210,16 +201,8 @@ def _messages(value: Sequence[Any], field: str) -> list[Message]:
 
 def _message(value: Any, field: str) -> Message:
     if not isinstance(value, Mapping) or "role" not in value or "content" not in value:
-        shape = (
-            f"keys {', '.join(map(str, value))}"
-            if isinstance(value, Mapping)
-            else f"a {type(value).__name__}"
-        )
-        hint = (
-            "; `prefkit data convert` reads from/value"
-            if isinstance(value, Mapping) and "from" in value
-            else ""
-        )
+        shape = f"keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        hint = "; `prefkit data convert` reads from/value" if isinstance(value, Mapping) and "from" in value else ""
         raise _Bad(field, f"is not a message but {shape}", "write {role, content}" + hint, "content type")
     message = {key: item for key, item in value.items() if item is not None or key in ("role", "content")}
     role, content = message["role"], message["content"]
@@ -228,9 +211,7 @@ def _message(value: Any, field: str) -> Message:
     if content is None and "tool_calls" in message:
         return {**message, "content": ""}
     if not isinstance(content, str):
-        raise _Bad(
-            field, f"content is a {type(content).__name__}", "write the content as a string", "content type"
-        )
+        raise _Bad(field, f"content is a {type(content).__name__}", "write the content as a string", "content type")
     return message
 
 
@@ -242,18 +223,14 @@ def _ordered(prompt: Text, answers: Mapping[str, Text]) -> None:
         complaint = turn_order(prompt, answer)
         if complaint:
             repeats = list(answer[: len(prompt)]) == list(prompt)
-            mend = (
-                "alternate user and assistant; the prompt ends with the user, the answer is the assistant's"
-            )
+            mend = "alternate user and assistant; the prompt ends with the user, the answer is the assistant's"
             if repeats:
                 mend = f"{field!r} repeats the prompt: drop the prompt column or the repeated turns"
             raise _Bad("prompt" if complaint.startswith("prompt") else field, complaint, mend, "role order")
 
 
 def _same_type(row: Row, fields: Mapping[str, Text]) -> None:
-    names = {
-        field: "a string" if isinstance(value, str) else "a conversation" for field, value in fields.items()
-    }
+    names = {field: "a string" if isinstance(value, str) else "a conversation" for field, value in fields.items()}
     if len(set(names.values())) > 1:
         listed = ", ".join(f"{field} is {name}" for field, name in names.items())
         field = next(reversed(names))
@@ -325,9 +302,7 @@ def _number(row: Row, name: str) -> float | None:
     if not math.isfinite(value):
         raise _Bad(name, f"is {value}", "write a finite number or leave it out", "number")
     if name == "strength" and not 0 <= value <= 1:
-        raise _Bad(
-            name, f"{value} is outside [0, 1]", "strength is the probability that chosen is better", "number"
-        )
+        raise _Bad(name, f"{value} is outside [0, 1]", "strength is the probability that chosen is better", "number")
     return float(value)
 
 
@@ -346,9 +321,7 @@ def _completion(row: Row, place: int) -> Completion:
     _ordered(prompt, {"completion": completion})
     label = row.get("label")
     if label is not None and not isinstance(label, bool):
-        raise _Bad(
-            "label", f"{label!r} is not true or false", "write true for a good answer, false for a bad one"
-        )
+        raise _Bad("label", f"{label!r} is not true or false", "write true for a good answer, false for a bad one")
     extra = {key: value for key, value in row.items() if key not in ("prompt", "completion", "label")}
     return Completion(prompt=prompt, completion=completion, row=place, label=label, extra=extra)
 

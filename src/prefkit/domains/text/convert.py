@@ -82,14 +82,10 @@ def convert_file(source: Source, out: Path, *, shape: str = "", options: Options
             os.fsync(stream.fileno())
         if not done.written:
             reasons = ", ".join(f"{count} {reason}" for reason, count in done.skipped.most_common())
-            raise InputError(
-                f"gives no pair ({reasons})", where=source.name, mend="check --from and the columns"
-            )
+            raise InputError(f"gives no pair ({reasons})", where=source.name, mend="check --from and the columns")
         os.replace(temporary, out)
     except OSError as error:
-        raise InputError(
-            f"cannot be written: {error.strerror}", where=str(out), mend="free space or rights"
-        ) from error
+        raise InputError(f"cannot be written: {error.strerror}", where=str(out), mend="free space or rights") from error
     finally:
         temporary.unlink(missing_ok=True)
     return done
@@ -246,8 +242,9 @@ def _nectar(row: Row, options: Options) -> Iterator[Row]:
         for answer in row["answers"]
         if answer["answer"].strip()
     ]
+    source = row.get("source")
     for pair in _ranked(prompt, answers, options):
-        yield {**pair, "source": row.get("source")}
+        yield {**pair, "source": ", ".join(source) if isinstance(source, list) else source}
 
 
 def _nemo(row: Row, options: Options) -> Iterator[Row]:

@@ -17,10 +17,21 @@ from prefkit.domains.text.load import evaluation_split, load, splits
 from prefkit.domains.text.packaged import dataset as packaged_dataset
 from prefkit.domains.text.prompts import plain
 from prefkit.domains.text.tokenize import tokenize_prompts
+from prefkit.engine import limits
 from prefkit.errors import InputError
 from prefkit.records import Example, Pair
 
 R = TypeVar("R", Pair, Example)
+LIMITS = {
+    "lora_r": limits.AT_LEAST_1,
+    "lora_alpha": limits.ABOVE_0,
+    "num_train_samples": limits.NOT_BELOW_0,
+    "max_length": limits.AT_LEAST_1,
+    "max_new_tokens": limits.AT_LEAST_1,
+    "temperature": limits.NOT_BELOW_0,
+    "top_p": limits.Limit(0, 1, above=True),
+}
+"""ranges of the numbers in domains/text/config.py"""
 Kind = Literal["pairs", "completions"]
 SHOWN = 5
 """problems printed for each part of the data"""
@@ -60,7 +71,7 @@ class TextData(Generic[R]):
     def forecast(self) -> Sequence[str]:
         from prefkit.domains.text.forecast import forecast
 
-        return forecast(self.config, [*self.train])
+        return forecast(self.config, [*self.train], held_out=[*self.test])
 
     def global_batch(self, size: int) -> int:
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps * size
@@ -143,6 +154,7 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
     settings = {
         "tokenizer": tokenizer,
         "max_length": config.max_length,
+        "context": loading.context(config, model),
         "append_eos": config.append_eos,
         "long_prompts": config.long_prompts,
     }
@@ -173,9 +185,13 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
 
 def _check_options(config: Any) -> None:
     quantised.check(config)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}", where=f"--{name}", mend="1 or more")
+    limits.check(config, limits.SHARED | LIMITS)
+    if (config.keep_best or config.stop_at_kl) and not config.eval_steps:
+        raise InputError(
+            "a checkpoint is chosen, or the run stopped, by evaluations, and none is made during training",
+            where="--eval_steps",
+            mend="evaluate every so many steps: --eval_steps 10",
+        )
     if config.max_steps < 1 and config.num_train_epochs <= 0:
         raise InputError("neither max_steps nor num_train_epochs is above 0", mend="give one of them")
 

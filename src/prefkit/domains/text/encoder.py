@@ -24,6 +24,19 @@ class Settings:
     max_length: int = 1024
     append_eos: bool = True
     long_prompts: LongPrompts = "refuse"
+    context: int = 0
+    """most tokens the model takes, 0 for any number"""
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of a row."""
+        return min(self.max_length, self.context) if self.context else self.max_length
+
+    def named(self) -> str:
+        """The limit with what sets it."""
+        if self.limit < self.max_length:
+            return f"the model's context of {self.limit} tokens"
+        return f"max_length {self.limit}"
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,7 @@ class Encoder:
             for row, one in zip(rows, rendered, strict=True)
         ]
 
-    def _row(
-        self, row: Preference | Completion, texts: Sequence[str], ids: Mapping[str, Ids]
-    ) -> Encoded | Problem:
+    def _row(self, row: Preference | Completion, texts: Sequence[str], ids: Mapping[str, Ids]) -> Encoded | Problem:
         chat = not isinstance(row.prompt, str)
         bare = ids[texts[0]]
         prompt = with_front(bare, [] if chat else self.front)
@@ -73,7 +84,7 @@ class Encoder:
             prompt, bare = whole[0][:1], whole[0][:1]
         if not prompt:
             return no_prompt()
-        room = self.settings.max_length - len(prompt)
+        room = self.settings.limit - len(prompt)
         if room < 1:
             return self._long(len(prompt))
         answers: list[Ids] = []
@@ -131,12 +142,12 @@ class Encoder:
         return [*answer, self.eos] if self.settings.append_eos else answer
 
     def _long(self, tokens: int) -> Problem:
-        limit = self.settings.max_length
+        raised = "" if self.settings.limit < self.settings.max_length else f"raise --max_length above {tokens}, "
         return Problem(
             kind="long prompt",
             level="warning" if self.settings.long_prompts == "drop" else "error",
-            what=f"the prompt has {tokens} tokens, which leaves no room for an answer in max_length {limit}",
-            mend=f"raise --max_length above {tokens}, shorten it, or pass --long_prompts drop",
+            what=f"the prompt has {tokens} tokens, which leaves no room for an answer in {self.settings.named()}",
+            mend=f"{raised}shorten it, or pass --long_prompts drop",
             field="prompt",
         )
 

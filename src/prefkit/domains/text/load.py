@@ -110,9 +110,7 @@ def _from_memory(data: Any, *, split: str, what: str) -> Source:
     for place, row in enumerate(data):
         if not isinstance(row, dict):
             where = f"{what} data row {place + 1}"
-            raise InputError(
-                f"is a {type(row).__name__}, not a dict", where=where, mend="pass one dict per row"
-            )
+            raise InputError(f"is a {type(row).__name__}, not a dict", where=where, mend="pass one dict per row")
     return not_empty(Source(rows=data, name=f"{what} data"))
 
 

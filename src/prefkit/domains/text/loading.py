@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from prefkit import assets
 from prefkit.domains.text import quantised
@@ -19,6 +20,8 @@ from prefkit.errors import InputError
 
 ADAPTER = "adapter_config.json"
 """the file that makes a folder a peft adapter"""
+HEADS = ("score", "classifier")
+"""the heads of reward models, which a causal LM's folder has not"""
 
 
 def resolve(name: str) -> str:
@@ -97,6 +100,23 @@ def trained(name: str) -> Trained:
     return Trained(resolve(base), path, Model(**{name: values[name] for name in known if name in values}))
 
 
+def context(options: Model, model: Any = None) -> int:
+    """Most tokens the model takes, prompt and answer together; 0 where its config names no limit.
+
+    `model`: the model itself where it is in memory. Raises InputError.
+    """
+    from transformers import AutoConfig
+
+    source = "" if model is not None else resolve(options.model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=options.model_revision) if source else model.config
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the config of {source} cannot be read: {_first_line(error)}", where="--model_name_or_path"
+        ) from error
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
+
+
 def load_tokenizer(options: Model, source: str) -> Any:
     """The model's own tokenizer, with a pad token (the end token stands in where there is none)."""
     from transformers import AutoTokenizer
@@ -137,13 +157,21 @@ def load_model(options: Model, lora: Lora, source: str, dtype: torch.dtype, *, k
         auto = AutoModelForSequenceClassification
         arguments["num_labels"] = 1
     try:
-        return auto.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
+        model, found = auto.from_pretrained(source, output_loading_info=True, **arguments)
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"the model {source} could not be loaded: {_first_line(error)}",
             where="--model_name_or_path",
             mend="check the name; without a network only folders, cached Hub models and packaged assets can be loaded",
         ) from error
+    missing = sorted(name for name in found["missing_keys"] if kind != "reward" or name.partition(".")[0] not in HEADS)
+    if missing:
+        raise InputError(
+            f"the model {source} lacks {missing[0]} ({len(missing)} weights in all); they would be random numbers",
+            where="--model_name_or_path",
+            mend="give a folder with all the weights its config.json asks for",
+        )
+    return model
 
 
 def add_adapter(
@@ -165,7 +193,9 @@ def add_adapter(
         modules_to_save=modules_to_save,
     )
     try:
-        with torch.random.fork_rng():  # peft draws from the global generator
+        with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws from the global generator
+            # ... and asks transformers for an attribute that was renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
             torch.manual_seed(number(seed, "adapter"))
             return get_peft_model(model, settings)
     except ValueError as error:

@@ -2,13 +2,14 @@
 
 Parameters are counted exactly, on a model built without storage. The rest is a forecast in bytes:
 
-    weights      frozen: parameters x bytes of the dtype; trained: x 4 (float32)
-    reference    a second copy where all weights train; nothing with LoRA (adapters off)
+    weights      frozen: parameters x bytes of the dtype (linear ones x bits/8 if quantised); trained: x 4 (float32)
+    reference    a second float32 copy where all weights train; nothing with LoRA (adapters off)
     gradients    4 x trained parameters
-    optimizer    8 x trained parameters (AdamW's two moments in float32)
+    optimizer    8 x trained parameters (AdamW's two moments in float32; 2 with 8-bit moments)
     activations  rows x length x (17 x hidden + 3 x inner) x layers x bytes: attention without its square
                  matrix; with gradient checkpointing one layer of it, and hidden per layer
     logits       3 x rows x answer tokens x vocabulary x 4: logits, log-softmax and their gradient
+    cache        keys and values of every layer for the answers drawn at once; freed before the step's own peak
 """
 
 from __future__ import annotations
@@ -37,11 +38,15 @@ class Shape:
     inner: int
     vocabulary: int
     context: int
+    body: int = 0
+    """weights of those linear layers: every token of a forward pass is multiplied by each of them once"""
+    key_values: int = 0
+    """keys and values kept for each token, over all layers"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Bytes by use; `total` is their sum."""
+    """Bytes by use; `total` is the larger of two peaks, the training step's and the sampling before it."""
 
     weights: int
     reference: int
@@ -49,12 +54,12 @@ class Forecast:
     optimizer: int
     activations: int
     logits: int
+    cache: int = 0
 
     @property
     def total(self) -> int:
-        return (
-            self.weights + self.reference + self.gradients + self.optimizer + self.activations + self.logits
-        )
+        kept = self.weights + self.reference + self.gradients + self.optimizer
+        return kept + max(self.activations + self.logits, self.cache)
 
 
 def shape_of(name: str, *, revision: str = "main") -> Shape:
@@ -86,6 +91,8 @@ def shape_of_config(config: PretrainedConfig, *, name: str = "") -> Shape:
     head = model.get_output_embeddings()
     linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
     text = config.get_text_config()
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         name=name,
         parameters=sum(weight.numel() for weight in model.parameters()),
@@ -95,6 +102,8 @@ def shape_of_config(config: PretrainedConfig, *, name: str = "") -> Shape:
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", 0) or 0,
+        body=sum(part.weight.numel() for part in linear),
+        key_values=2 * text.num_hidden_layers * head * (getattr(text, "num_key_value_heads", None) or heads),
     )
 
 
@@ -109,11 +118,15 @@ def forecast(
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     checkpointing: bool = False,
     reference: bool = True,
+    bits: Literal[0, 4, 8] = 0,
+    moments: int = 8,
+    sampled: int = 0,
 ) -> Forecast:
-    """Bytes of one optimizer step with AdamW.
+    """Bytes of one optimizer step.
 
     `rows`: sequences per forward pass (two for each pair); `length`: tokens of the longest; `answer`: how
-    many of them are scored (default: all).
+    many of them are scored (default: all); `bits` of quantised base weights; `moments`: bytes of optimizer
+    state per trained weight; `sampled`: tokens, prompts included, of the answers drawn at once.
     """
     size = 4 if dtype == "float32" else 2
     lora = trained == "lora"
@@ -124,11 +137,14 @@ def forecast(
     if checkpointing:
         kept = per_layer + tokens * shape.hidden * shape.layers * size
     scored = rows * (length if answer is None else answer)
+    # 4-bit storage keeps a scale for each block of 64 weights, itself quantised: half a byte and 1/64 more
+    saved = shape.body * (size - {0: size, 4: 0.516, 8: 1}[bits])
     return Forecast(
-        weights=shape.parameters * size + moving * 4 if lora else moving * 4,
-        reference=shape.parameters * size if reference and not lora else 0,
+        weights=round(shape.parameters * size - saved) + moving * 4 if lora else moving * 4,
+        reference=moving * 4 if reference and not lora else 0,
         gradients=moving * 4,
-        optimizer=moving * 8,
+        optimizer=moving * moments,
         activations=kept,
         logits=3 * scored * shape.vocabulary * 4,
+        cache=sampled * shape.key_values * size,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import last_content, plain
-from prefkit.domains.text.sampler import Decoding, Sampler
+from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
 from prefkit.engine.world import World
 from prefkit.protocols import Gold
 from prefkit.records import Example, Group, Pair, Preference, Sample
@@ -127,6 +127,7 @@ class SampleEvaluation:
         self.judges = judges
         self.batch_size = batch_size
         self._references: dict[str, list[float]] = {}
+        check_prompts(policy, [row.prompt for row in prompts], decoding)
 
     @torch.no_grad()
     def __call__(self) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ class TextPolicy:
         return cls(module, loading.prepare_tokenizer(tokenizer), reference=reference, world=world, source=source)
 
     @classmethod
-    def load(cls, name: str, *, dtype: str = "auto") -> Self:
+    def pretrained(cls, name: str, *, dtype: str = "auto") -> Self:
         """A policy to sample from and score with: run directory, model or adapter folder, Hub id or packaged asset.
 
         Nothing of it trains and it has no reference. Raises InputError for a model that cannot be loaded or scored.

@@ -139,9 +139,7 @@ def _template(
         )
     except (TemplateError, ValueError, TypeError) as error:
         what = f"the chat template refuses this conversation: {error}"
-        return Problem(
-            kind="template", what=what, mend="write the turns the template expects", field="prompt"
-        )
+        return Problem(kind="template", what=what, mend="write the turns the template expects", field="prompt")
     assert isinstance(text, str)
     return text
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.domains.text import loading, quantised, weights
-from prefkit.domains.text.config import Lora, Model
+from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import without_dropout
 from prefkit.domains.text.scoring import causal_lm
 from prefkit.domains.text.tokenize import tokenize_completions
@@ -27,7 +27,6 @@ from prefkit.records import Completion, Group, Text
 
 MEAN = "prefkit_reward_mean"
 """key of config.json that holds the mean reward of reference answers, subtracted from every reward"""
-HEADS = ("score", "classifier")
 
 
 class RewardModule(nn.Module):
@@ -95,22 +94,25 @@ class RewardModel:
 
     @classmethod
     def load(cls, name: str, *, device: str | torch.device = "", dtype: str = "auto") -> Self:
-        """A trained sequence-classification model with one output: folder, run directory or Hub id."""
-        source = loading.resolve(name)
-        options = Model(model_name_or_path=name, dtype="auto")
+        """A trained sequence-classification model with one output: folder, run directory or Hub id.
+
+        An adapter folder, or the run of one, is put on its base. Raises InputError for what is no reward model.
+        """
+        found = loading.trained(name)
+        if found.adapter is None:
+            _require_reward_model(found.model)
         world = World.start()
         place = torch.device(device) if device else world.device
         compute = resolve_dtype(dtype, place, training=False)
-        model = loading.load_model(options, Lora(use_peft=True), source, compute, kind="reward")
-        if model.config.num_labels != 1:
-            raise InputError(
-                f"{name} has {model.config.num_labels} outputs, a reward model has one",
-                where="--reward_model",
-                mend="train one with `prefkit reward`",
-            )
+        model = loading.load_model(found.options, Lora(use_peft=True), found.model, compute, kind="reward")
+        if found.adapter is not None:
+            model = loading.load_adapter(model, found.adapter)
+            setattr(causal_lm(model).config, MEAN, weights.extra(found.adapter).get(MEAN, 0.0))
         without_dropout(model)
-        module = RewardModule(model.eval().requires_grad_(False), compute).to(place)
-        return cls(module, loading.load_tokenizer(options, source), world=world, source=source, adapter=False)
+        quantised.evaluation_mode(model)
+        module = RewardModule(model.requires_grad_(False), compute).to(place)
+        tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
+        return cls(module, tokenizer, world=world, source=found.model, adapter=False)
 
     @property
     def model(self) -> Any:
@@ -171,6 +173,21 @@ class RewardModel:
             source=self.source,
             kind="reward",
             extra_config={MEAN: self.mean},
+        )
+
+
+def _require_reward_model(source: str) -> None:
+    """InputError for a model without a head of one output: loading it would make one up."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    kinds = config.architectures or []
+    if not any("SequenceClassification" in kind for kind in kinds) or config.num_labels != 1:
+        raise InputError(
+            f"{source} is no reward model ({', '.join(kinds) or 'of no known kind'}, {config.num_labels} outputs; "
+            "a reward model has one)",
+            where="--reward_model",
+            mend="train one with `prefkit reward`",
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.quantised import evaluating
+from prefkit.domains.text.render import stop_tokens
 from prefkit.domains.text.scoring import causal_lm
 from prefkit.engine.precision import autocast
 from prefkit.engine.seeds import generator
@@ -116,15 +117,6 @@ class Sampler(Protocol):
         ...
 
 
-def sampler_for(policy: TextPolicy, config: Any) -> Sampler:
-    """The engine that `--generator` names."""
-    if config.generator == "vllm":
-        from prefkit.domains.text.vllm import VllmSampler
-
-        return VllmSampler(policy)
-    return TransformersSampler(policy)
-
-
 class TransformersSampler:
     """Samples with the policy's own weights through `transformers`' generate."""
 
@@ -155,9 +147,7 @@ class TransformersSampler:
 
         Returns one list of `num` samples for each prompt, in order.
         """
-        if any(not prompt for prompt in prompts):
-            raise InputError(f"prompt {[not p for p in prompts].index(True)} is empty", mend="give it some text")
-        self._check_room(prompts, decoding)
+        check_prompts(self.policy, prompts, decoding)
         jobs = [(prompts[i], rows[i], j, i) for i in range(len(prompts)) for j in range(num)]
         jobs.sort(key=lambda job: len(job[0]))
         results: list[list[Sample | None]] = [[None] * num for _ in prompts]
@@ -167,16 +157,6 @@ class TransformersSampler:
                 for job, sample in zip(piece, self._generate(piece, decoding, seed, path), strict=True):
                     results[job[3]][job[2]] = sample
         return [[sample for sample in answers if sample is not None] for answers in results]
-
-    def _check_room(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
-        context = getattr(causal_lm(self.policy.model).config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, prompts), default=0)
-        if context is not None and longest + decoding.max_new_tokens > context:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} pass the model's "
-                f"context of {context} tokens",
-                mend="shorten the prompt or lower --max_new_tokens",
-            )
 
     def _generate(
         self, jobs: Sequence[Any], decoding: Decoding, seed: int, path: Sequence[str | int]
@@ -237,10 +217,24 @@ def _plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = settings
 
 
+def check_prompts(policy: TextPolicy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+    """Raises InputError for an empty prompt, or where a prompt and a longest answer do not fit the model's context."""
+    if any(not prompt for prompt in prompts):
+        raise InputError(f"prompt {[not p for p in prompts].index(True)} is empty", mend="give it some text")
+    context = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if context is not None and longest + decoding.max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} pass the model's "
+            f"context of {context} tokens",
+            mend="shorten the prompt or lower --max_new_tokens",
+        )
+
+
 def end_tokens(policy: TextPolicy) -> list[int]:
-    """Token ids that end an answer: the tokenizer's, and those of the model's generation config."""
+    """Token ids that end an answer: EOS, what closes a turn in the chat template, and the generation config's."""
     configured = getattr(causal_lm(policy.model).generation_config, "eos_token_id", None)
-    ids = {policy.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    ids = {*stop_tokens(policy.tokenizer), *(configured if isinstance(configured, list) else [configured])}
     return sorted(i for i in ids if i is not None)
 
 

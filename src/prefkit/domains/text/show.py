@@ -81,9 +81,7 @@ def _show_problems(report: Report, every: bool, console: Console) -> None:
         console.print(f"  mend: {escape(problem.mend)}", soft_wrap=True)
     for (level, kind), count in counts.items():
         if not every and count > EXAMPLES:
-            console.print(
-                f"... {count - EXAMPLES} more of kind {escape(kind)!r} ({level}); --all prints them"
-            )
+            console.print(f"... {count - EXAMPLES} more of kind {escape(kind)!r} ({level}); --all prints them")
     errors = len(report.errors)
     console.print(f"\n{errors} errors, {len(report.problems) - errors} warnings")
 
@@ -99,14 +97,10 @@ def show_memory(
     for trained in ("lora", "all"):
         for name, share in (("median", "0.5"), ("longest", "1")):
             length = int(lengths["total"].quantiles[share])
-            answer = max(
-                int(lengths[part].quantiles[share]) for part in lengths if part not in ("prompt", "total")
-            )
+            answer = max(int(lengths[part].quantiles[share]) for part in lengths if part not in ("prompt", "total"))
             label = f"LoRA r={lora_r}" if trained == "lora" else "all weights"
             table.add_column(f"{label}\n{name} {length}", justify="right")
-            columns.append(
-                forecast(shape, rows=rows, length=length, answer=answer, trained=trained, lora_r=lora_r)
-            )
+            columns.append(forecast(shape, rows=rows, length=length, answer=answer, trained=trained, lora_r=lora_r))
     for use in ("weights", "reference", "gradients", "optimizer", "activations", "logits", "total"):
         table.add_row(use, *(f"{getattr(column, use) / GIB:.2f}" for column in columns))
     console.print()

@@ -76,9 +76,7 @@ def tokenize_completion(
     where: Where = row_name,
 ) -> Example:
     """One prompt/completion row in token ids. Raises InputError where the row must be refused."""
-    return tokenize_completions(tokenizer, [row], max_length=max_length, append_eos=append_eos, where=where)[
-        0
-    ]
+    return tokenize_completions(tokenizer, [row], max_length=max_length, append_eos=append_eos, where=where)[0]
 
 
 def tokenize_completions(
@@ -107,9 +105,7 @@ def to_pair(row: Preference, encoded: Encoded) -> Pair:
 
 
 def to_example(row: Completion, encoded: Encoded) -> Example:
-    return Example(
-        prompt=encoded.prompt, completion=encoded.answers[0], truncated=encoded.truncated[0], source=row
-    )
+    return Example(prompt=encoded.prompt, completion=encoded.answers[0], truncated=encoded.truncated[0], source=row)
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> Ids:
@@ -134,9 +130,7 @@ def tokenize_prompts(
         rendered.append(row[0])
     front = front_tokens(tokenizer)
     bare = encode(tokenizer, rendered)
-    prompts = [
-        with_front(ids, front if isinstance(text, str) else []) for text, ids in zip(texts, bare, strict=True)
-    ]
+    prompts = [with_front(ids, front if isinstance(text, str) else []) for text, ids in zip(texts, bare, strict=True)]
     for place, ids in enumerate(prompts):
         if not ids:
             raise _placed(no_prompt(), place, where).to_error()

@@ -9,12 +9,21 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from prefkit.engine.files import read_json, write_json
 from prefkit.engine.sharding import full_state, load_state
 from prefkit.engine.world import World
 
 Kind = Literal["causal", "reward"]
 PREFIX = "model."
 """the transformers model is the attribute `model` of every module the engine trains"""
+
+EXTRA = "prefkit.json"
+"""beside an adapter: what a whole model's config.json would hold of ours"""
+
+
+def extra(folder: Path) -> dict[str, Any]:
+    """What `save_final` put beside an adapter."""
+    return read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
 
 
 def save(module: nn.Module, tokenizer: Any, folder: Path, *, world: World, adapter: bool) -> None:
@@ -65,6 +74,8 @@ def save_final(
         save(module, tokenizer, directory / "model", world=world, adapter=False)
         return {"model": "model", "adapter": None}
     save(module, tokenizer, directory / "adapter", world=world, adapter=True)
+    if world.is_main and extra_config:
+        write_json(directory / "adapter" / EXTRA, extra_config)
     wrapped: Any = module.model
     if getattr(wrapped.get_base_model(), "hf_quantizer", None) is not None:
         return {"model": None, "adapter": "adapter"}

@@ -1,0 +1,153 @@
+"""Whole methods on two processes, plain (gloo) and sharded (FSDP2), against one process with the same global batch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_runs import Inputs, column, metrics, read, weights
+from transformers import AutoModelForCausalLM
+
+import prefkit
+
+STEPS = 5
+OPTIONS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "save_steps": 3,
+    "eval_steps": STEPS,
+    "num_eval_prompts": 3,
+    "kl_weight": 0.1,
+}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from torch.distributed.tensor import DTensor
+from prefkit import cli
+from prefkit.engine import learner
+built = learner.Learner.__init__
+def watched(self, module, *args, **kwargs):
+    built(self, module, *args, **kwargs)
+    kinds = {isinstance(weight, DTensor) for weight in module.parameters()}
+    print("SHARDED", sorted(kinds), flush=True)
+learner.Learner.__init__ = watched
+sys.exit(cli.run([*sys.argv[1:], "--debug"]))
+"""
+
+
+def launch(inputs: Inputs, method: str, directory: Path, how: str, code: int = 0, **options: Any) -> str:
+    """The command line on one process, or on two (`gloo`, `fsdp`) with half the rows each; gives its output."""
+    options = {**OPTIONS, "per_device_train_batch_size": 4 if how == "one" else 2, **options}
+    if method != "hypo":
+        options.pop("kl_weight")
+    program = directory.with_suffix(".py")
+    program.write_text(PROGRAM)
+    command = [sys.executable]
+    if how != "one":
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(prefkit.__file__).parents[1])
+    environment |= FSDP if how == "fsdp" else {}
+    done = subprocess.run(
+        [*command, str(program), *inputs.arguments(method, directory, **options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs.make(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def ran(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
+    """(directory, output) of each launch, done once."""
+
+    @functools.cache
+    def get(method: str, how: str, lora: bool = False) -> tuple[Path, str]:
+        directory = tmp_path_factory.mktemp(f"{method}-{how}") / "run"
+        return directory, launch(inputs, method, directory, how, use_peft=lora)
+
+    return get
+
+
+def assert_alike(one: Path, two: Path, *, lora: bool) -> None:
+    assert [row["step"] for row in metrics(two)] == [row["step"] for row in metrics(one)]
+    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval_rewards/chosen", "eval_rewards/accuracies"):
+        first, second = torch.tensor(column(one, name)), torch.tensor(column(two, name))
+        assert len(first) and first.abs().max() > 0, name
+        torch.testing.assert_close(second, first, rtol=1e-5 if name == "loss" else 1e-3, atol=2e-5, msg=name)
+    before, after = weights(one), weights(two)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        # Adam turns rounding in the smallest gradients into steps of up to the learning rate
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=2e-3 if lora else 1e-3, msg=name)
+        assert (after[name] - value).abs().mean() < 2e-5, name
+
+
+@pytest.mark.parametrize("method", ["hypo", "dpo"])
+def test_two_processes_equal_one(ran, method: str) -> None:
+    (one, _), (two, said) = ran(method, "one"), ran(method, "gloo")
+    assert read(two / "environment.json")["processes"] == 2
+    assert said.count("SHARDED [False]") == 2
+    assert_alike(one, two, lora=False)
+
+
+def test_own_samples_do_not_depend_on_the_number_of_processes(ran) -> None:
+    for how in ("gloo", "fsdp"):
+        (one, _), (two, _) = ran("hypo", "one"), ran("hypo", how)
+        assert column(two, "completions/mean_length") == column(one, "completions/mean_length")
+        first, second = torch.tensor(column(one, "objective/kl")), torch.tensor(column(two, "objective/kl"))
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=2e-5)
+        answers = [read(folder / "evaluation" / "start.json")["samples"] for folder in (one, two)]
+        assert [row["answer"] for row in answers[0]] == [row["answer"] for row in answers[1]]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_fsdp2_equals_one_process(ran, lora: bool) -> None:
+    (one, _), (two, said) = ran("hypo", "one", lora), ran("hypo", "fsdp", lora)
+    assert said.count("SHARDED [True]") == 2, "every parameter must be a DTensor, on both processes"
+    assert_alike(one, two, lora=lora)
+    model = AutoModelForCausalLM.from_pretrained(two / "model")
+    saved = weights(two)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in saved.items())
+    assert (two / "report.html").is_file() and (two / "model" / "README.md").is_file()
+
+
+def test_a_stopped_fsdp2_run_continues(ran, inputs: Inputs, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    launch(inputs, "hypo", directory, "fsdp", max_steps=3, lr_scheduler_type="constant")
+    launch(inputs, "hypo", directory, "fsdp", lr_scheduler_type="constant")
+    whole = tmp_path / "whole"
+    launch(inputs, "hypo", whole, "fsdp", lr_scheduler_type="constant")
+    assert column(directory, "loss") == column(whole, "loss")
+    one, two = weights(whole), weights(directory)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_another_number_of_processes_is_refused(ran, inputs: Inputs) -> None:
+    directory, _ = ran("dpo", "gloo")
+    said = launch(inputs, "dpo", directory, "one", code=2, per_device_train_batch_size=2, use_peft=False)
+    assert "2 process(es)" in said and "continued with 1" in said
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_the_other_methods_run_sharded(ran, method: str) -> None:
+    (one, _), (two, said) = ran(method, "one"), ran(method, "fsdp")
+    assert said.count("SHARDED [True]") == 2
+    torch.testing.assert_close(
+        torch.tensor(column(two, "loss")), torch.tensor(column(one, "loss")), rtol=1e-5, atol=1e-6
+    )
