@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ class RequestOutput:
 class LLM:
     """One engine; `made` lists all of them."""
 
-    made: list[LLM] = []
+    made: ClassVar[list[LLM]] = []
 
     def __init__(self, model: str, **options: Any) -> None:
         self.options = options
@@ -105,7 +105,11 @@ class LLM:
         generator, done, ids = torch.Generator().manual_seed(how.seed or 0), Completion(), list(prompt)
         while len(done.token_ids) < how.max_tokens and done.finish_reason == "length":
             log_probs = (model(input_ids=torch.tensor([ids])).logits[0, -1] / (how.temperature or 1.0)).log_softmax(-1)
-            token = int(torch.multinomial(log_probs.exp(), 1, generator=generator)) if how.temperature else int(log_probs.argmax())
+            token = (
+                int(torch.multinomial(log_probs.exp(), 1, generator=generator))
+                if how.temperature
+                else int(log_probs.argmax())
+            )
             assert self.options["logprobs_mode"] == "processed_logprobs"
             ids.append(token)
             done.token_ids.append(token)

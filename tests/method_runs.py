@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny
-
 import prefkit.methods
+import tiny
 from prefkit import cli
 
 METHODS = sorted(path.stem for path in Path(prefkit.methods.__path__[0]).glob("[a-z]*.py"))

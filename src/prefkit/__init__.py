@@ -7,15 +7,17 @@ It is imported when first used, so that `import prefkit` stays light.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 from prefkit.errors import InputError
 
 __version__ = "0.1.0"
 
-METHODS = ("dpo", "hypo", "reward", "sft")
+METHODS = tuple(sorted(file.stem for file in Path(__file__).with_name("methods").glob("[!_]*.py")))
+"""a method is found by its file being there"""
 
-__all__ = ["METHODS", "InputError", "__version__", "dpo", "hypo", "reward", "sft"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["METHODS", "InputError", "__version__", *METHODS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> ModuleType:

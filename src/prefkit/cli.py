@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -103,6 +104,8 @@ def quiet() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    # it warns of a missing kernel whenever it is imported, in runs that quantise nothing too
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def modules(package: str) -> dict[str, Path]:

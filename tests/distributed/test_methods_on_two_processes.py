@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from method_runs import Inputs, column, metrics, read, weights
 from transformers import AutoModelForCausalLM
 
 import prefkit
+from method_runs import Inputs, column, metrics, read, weights
+from prefkit import cli
 
 STEPS = 5
 OPTIONS: dict[str, Any] = {
@@ -23,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "save_steps": 3,
     "eval_steps": STEPS,
     "num_eval_prompts": 3,
+    "lr_scheduler_type": "constant",
     "kl_weight": 0.1,
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -42,27 +44,34 @@ sys.exit(cli.run([*sys.argv[1:], "--debug"]))
 """
 
 
-def launch(inputs: Inputs, method: str, directory: Path, how: str, code: int = 0, **options: Any) -> str:
-    """The command line on one process, or on two (`gloo`, `fsdp`) with half the rows each; gives its output."""
+def arguments(inputs: Inputs, method: str, directory: Path, how: str, **options: Any) -> list[str]:
+    """The same global batch whatever the processes."""
     options = {**OPTIONS, "per_device_train_batch_size": 4 if how == "one" else 2, **options}
     if method != "hypo":
         options.pop("kl_weight")
+    return inputs.arguments(method, directory, **options)
+
+
+def launch(inputs: Inputs, method: str, directory: Path, how: str, **options: Any) -> str:
+    """The command line in this process (`one`) or on two (`gloo`, `fsdp`), half the rows each; gives its output."""
+    words = arguments(inputs, method, directory, how, **options)
+    if how == "one":
+        torch.set_num_threads(1)
+        assert cli.run([*words, "--debug"]) == 0
+        return ""
     program = directory.with_suffix(".py")
     program.write_text(PROGRAM)
-    command = [sys.executable]
-    if how != "one":
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(prefkit.__file__).parents[1])
     environment |= FSDP if how == "fsdp" else {}
     done = subprocess.run(
-        [*command, str(program), *inputs.arguments(method, directory, **options)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program), *words],
         env=environment,
         capture_output=True,
         text=True,
         timeout=180,
     )
-    assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
@@ -85,7 +94,14 @@ def ran(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory):
 
 def assert_alike(one: Path, two: Path, *, lora: bool) -> None:
     assert [row["step"] for row in metrics(two)] == [row["step"] for row in metrics(one)]
-    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval_rewards/chosen", "eval_rewards/accuracies"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "rewards/margins",
+        "logps/chosen",
+        "eval_rewards/chosen",
+        "eval_rewards/accuracies",
+    ):
         first, second = torch.tensor(column(one, name)), torch.tensor(column(two, name))
         assert len(first) and first.abs().max() > 0, name
         torch.testing.assert_close(second, first, rtol=1e-5 if name == "loss" else 1e-3, atol=2e-5, msg=name)
@@ -128,19 +144,21 @@ def test_fsdp2_equals_one_process(ran, lora: bool) -> None:
 
 
 def test_a_stopped_fsdp2_run_continues(ran, inputs: Inputs, tmp_path: Path) -> None:
+    whole, _ = ran("hypo", "fsdp")
     directory = tmp_path / "run"
-    launch(inputs, "hypo", directory, "fsdp", max_steps=3, lr_scheduler_type="constant")
-    launch(inputs, "hypo", directory, "fsdp", lr_scheduler_type="constant")
-    whole = tmp_path / "whole"
-    launch(inputs, "hypo", whole, "fsdp", lr_scheduler_type="constant")
+    launch(inputs, "hypo", directory, "fsdp", max_steps=3, use_peft=False)
+    said = launch(inputs, "hypo", directory, "fsdp", use_peft=False)
+    assert "after step 3" in said
     assert column(directory, "loss") == column(whole, "loss")
     one, two = weights(whole), weights(directory)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_another_number_of_processes_is_refused(ran, inputs: Inputs) -> None:
+def test_another_number_of_processes_is_refused(ran, inputs: Inputs, capsys) -> None:
     directory, _ = ran("dpo", "gloo")
-    said = launch(inputs, "dpo", directory, "one", code=2, per_device_train_batch_size=2, use_peft=False)
+    words = arguments(inputs, "dpo", directory, "one", per_device_train_batch_size=2, use_peft=False)
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err
     assert "2 process(es)" in said and "continued with 1" in said
 
 

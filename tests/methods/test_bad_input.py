@@ -1,4 +1,4 @@
-"""Input that cannot be used: exit code 2, one message that names the place and the mend, and nothing left in the way."""
+"""Input that cannot be used: exit code 2, one message that names place and mend, and nothing left in the way."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from method_runs import METHODS, Inputs, metrics, read, run
 from safetensors.torch import load_file, save_file
 
+import tiny
+from method_runs import METHODS, Inputs, metrics, read, run
 from prefkit import cli
 from prefkit.methods import dpo
 
@@ -99,7 +99,9 @@ def test_bad_evaluation_files(inputs: Inputs, tmp_path: Path, capsys, case: str)
 def test_missing_models_and_data(inputs: Inputs, tmp_path: Path, capsys, method: str) -> None:
     output = tmp_path / "run"
     missing = tmp_path / "nowhere"
-    refused(capsys, inputs.arguments(method, output, model_name_or_path=missing), "nowhere", "--model_name_or_path", "mend")
+    refused(
+        capsys, inputs.arguments(method, output, model_name_or_path=missing), "nowhere", "--model_name_or_path", "mend"
+    )
     refused(capsys, inputs.arguments(method, output, dataset_name=missing), "nowhere", "mend")
     refused(capsys, inputs.arguments(method, output, model_name_or_path=""), "--model_name_or_path")
     refused(capsys, inputs.arguments(method, output, dataset_name=""), "--dataset_name")
@@ -137,11 +139,16 @@ def test_samples_past_the_context_are_refused_before_the_first_step(inputs: Inpu
     train.write_text(rows(long))
     arguments = inputs.arguments("hypo", tmp_path / "run", dataset_name=train, max_new_tokens=100, num_train_epochs=1)
     refused(capsys, [*arguments, "--max_steps", "-1"], "context", "256", "--max_new_tokens")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or metrics(tmp_path / "run") == [], "before training, not at the step that draws the row"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or metrics(tmp_path / "run") == [], (
+        "before training, not at the step that draws the row"
+    )
 
 
 ONLY_MODEL_SHOWS = {
-    "lora_target_modules": ({"use_peft": True, "lora_target_modules": "nonsense"}, ("--lora_target_modules", "nonsense")),
+    "lora_target_modules": (
+        {"use_peft": True, "lora_target_modules": "nonsense"},
+        ("--lora_target_modules", "nonsense"),
+    ),
     "keep_best": ({"keep_best": "eval_nothing", "eval_steps": 2}, ("nothing", "--keep_best", "eval_rewards/margins")),
     "optim": ({"optim": "sgdish"}, ("sgdish", "mend")),
     "dtype": ({"dtype": "float16"}, ("--dtype", "bfloat16")),
@@ -171,7 +178,9 @@ def test_weights_that_cannot_be_read(inputs: Inputs, tmp_path: Path, capsys) -> 
     whole = load_file(inputs.model / "model.safetensors")
     del whole["model.norm.weight"]  # transformers would fill it with fresh numbers and go on
     save_file(whole, model / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, inputs.arguments("dpo", tmp_path / "run", model_name_or_path=model), "lacks model.norm.weight", "mend")
+    refused(
+        capsys, inputs.arguments("dpo", tmp_path / "run", model_name_or_path=model), "lacks model.norm.weight", "mend"
+    )
     run(inputs, "dpo", tmp_path / "run")
 
 

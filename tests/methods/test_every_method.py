@@ -6,17 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset, DatasetDict
-from method_runs import METHODS, Inputs, assert_same_state, call, column, lines, metrics, read, run, state, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import tiny
+from method_runs import METHODS, Inputs, assert_same_state, call, column, lines, metrics, read, run, state, weights
 from prefkit import cli
 from prefkit.errors import InputError
 
 LORA = [False, True]
-FILES = ("config.json", "environment.json", "metrics.jsonl", "data.json", "evaluation.json", "result.json", "report.html")
+FILES = (
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "data.json",
+    "evaluation.json",
+    "result.json",
+    "report.html",
+)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -196,7 +204,12 @@ def test_python_use_takes_loaded_objects(done, inputs: Inputs, tmp_path: Path, m
 
     module = importlib.import_module(f"prefkit.methods.{method}")
     config = dataclasses.replace(
-        module.PRESETS["tiny"], output_dir=str(tmp_path / "run"), dtype="float32", use_peft=lora, eval_steps=2, save_steps=2
+        module.PRESETS["tiny"],
+        output_dir=str(tmp_path / "run"),
+        dtype="float32",
+        use_peft=lora,
+        eval_steps=2,
+        save_steps=2,
     )
     rows = {name: lines(path) for name, path in (("train", inputs.train), ("held", inputs.held_out))}
     model = AutoModelForCausalLM.from_pretrained(inputs.model)
@@ -218,9 +231,13 @@ def test_python_use_takes_loaded_objects(done, inputs: Inputs, tmp_path: Path, m
 def test_gradient_accumulation_equals_one_batch(inputs: Inputs, tmp_path: Path, method: str) -> None:
     options = {"learning_rate": 1e-3, "max_steps": 3}
     big = run(inputs, method, tmp_path / "big", per_device_train_batch_size=8, **options)
-    small = run(inputs, method, tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    small = run(
+        inputs, method, tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
+    )
     for name in ("loss", "grad_norm"):
-        torch.testing.assert_close(torch.tensor(column(small, name)), torch.tensor(column(big, name)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(column(small, name)), torch.tensor(column(big, name)), rtol=1e-4, atol=1e-6
+        )
     one, many = weights(big), weights(small)
     for name, value in one.items():
         torch.testing.assert_close(many[name], value, rtol=1e-4, atol=1e-4, msg=name)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from method_runs import Inputs, call, column, metrics, run, timeless, weights
 
+import tiny
+from method_runs import Inputs, call, column, metrics, run, timeless, weights
 from prefkit.domains.text import sampler
 from prefkit.errors import InputError
 
@@ -65,9 +65,18 @@ def test_every_estimator_pulls_the_policy_to_its_reference(inputs: Inputs, tmp_p
 @pytest.mark.parametrize("estimator", ["rloo", "rtg", "rb"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_micro_batches_equal_one_batch(inputs: Inputs, tmp_path: Path, estimator: str, lora: bool) -> None:
-    options = {**RATE, "kl_weight": 0.5, "estimator": estimator, "use_peft": lora, "max_steps": 3, "learning_rate": 1e-3}
+    options = {
+        **RATE,
+        "kl_weight": 0.5,
+        "estimator": estimator,
+        "use_peft": lora,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+    }
     big = run(inputs, "hypo", tmp_path / "big", per_device_train_batch_size=6, **options)
-    small = run(inputs, "hypo", tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=3, **options)
+    small = run(
+        inputs, "hypo", tmp_path / "small", per_device_train_batch_size=2, gradient_accumulation_steps=3, **options
+    )
     for name in ("loss", "grad_norm", "objective/kl", "completions/mean_length"):
         one, many = torch.tensor(column(big, name)), torch.tensor(column(small, name))
         torch.testing.assert_close(many, one, rtol=1e-4, atol=2e-6, msg=name)
@@ -87,7 +96,8 @@ def test_online_prompts_come_from_a_prompt_file(inputs: Inputs, tmp_path: Path, 
     file = tiny.jsonl(tmp_path / "prompts.jsonl", rows)
     tokenizer = tiny.tokenizer()
     expected = {
-        tuple(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)) for row in rows
+        tuple(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+        for row in rows
     }
     seen: set[tuple[int, ...]] = set()
     original = sampler.TransformersSampler.sample
@@ -153,7 +163,16 @@ def test_a_cached_reference_changes_only_rounding(inputs: Inputs, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["dpo", "hypo"])
-@pytest.mark.parametrize("option", [{"sft_weight": 0.7}, {"offline_kl_weight": 0.7}, {"loss_type": "ipo"}, {"loss_type": "hinge"}, {"label_smoothing": 0.2}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"sft_weight": 0.7},
+        {"offline_kl_weight": 0.7},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge"},
+        {"label_smoothing": 0.2},
+    ],
+)
 def test_options_for_fair_comparison_act(inputs: Inputs, tmp_path: Path, method: str, option: Any) -> None:
     plain = run(inputs, method, tmp_path / "plain", **RATE)
     other = run(inputs, method, tmp_path / "other", **RATE, **option)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 from method_runs import Inputs, assert_same_state, run
-
 from prefkit import cli
 from prefkit.engine import files
 from prefkit.engine.journal import Journal

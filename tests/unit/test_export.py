@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+import tiny
 from prefkit import cli
+from prefkit.domains.text.policy import TextPolicy
 from prefkit.methods import dpo, reward, sft
+from prefkit.records import Group
 
 IDS = torch.tensor([[5, 9, 30, 31, 80, 7]])
 
@@ -87,6 +89,16 @@ def test_an_adapter_folder_is_all_a_loader_needs(lora: Path, place: Path, tmp_pa
     torch.testing.assert_close(logits(loaded), logits(PeftModel.from_pretrained(base, str(tmp_path / "out"))))
 
 
+def test_runs_and_exported_folders_are_sampled_from_alike(lora: Path, tmp_path: Path) -> None:
+    export(lora, tmp_path / "adapter")
+    export(lora, tmp_path / "merged", "--merge")
+    group = Group(IDS[0, :3].tolist(), [IDS[0, 3:].tolist()])
+    places = (lora, tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        scores = [float(TextPolicy.pretrained(str(place), dtype="float32").log_probs([group])) for place in places]
+    assert scores[0] == scores[2] == pytest.approx(scores[1], abs=1e-3)
+
+
 @pytest.mark.parametrize("words", [(), ("--merge",)])
 def test_tokenizer_template_generation_config_and_card_are_there(lora: Path, tmp_path: Path, words: Any) -> None:
     export(lora, tmp_path / "out", *words)
@@ -135,7 +147,9 @@ def test_the_base_can_be_named_and_the_summary_says_so(
     export(lora, tmp_path / "out", "--base", "owner/model")
     line = capsys.readouterr().out.strip()
     assert line.startswith("adapter of owner/model, 0.0") and line.endswith(f" MB: {tmp_path / 'out'}")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/model"
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/model"
+    )
 
 
 def test_a_used_folder_is_refused_and_replaced_when_asked(

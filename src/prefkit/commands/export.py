@@ -91,7 +91,9 @@ def export(
 def _wants_adapter(run: Run, merge: bool) -> bool:
     where = str(run.directory)
     if run.result is None or not (run.result.model or run.result.adapter):
-        raise InputError("the run has not finished, so it has no final model", where=where, mend=f"prefkit resume {where}")
+        raise InputError(
+            "the run has not finished, so it has no final model", where=where, mend=f"prefkit resume {where}"
+        )
     if merge and not run.result.model:
         raise InputError(
             "the adapter was trained on quantised weights and cannot be merged: rounding the sum would change the "

@@ -63,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="RUN_OR_MODEL", help="run directory, model or adapter folder, Hub id, or packaged asset")
     add("-p", "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
-    add("--prompts", default="", metavar="FILE", help="prompts: jsonl, json, csv, parquet or txt (one a line), or a Hub id")
+    add(
+        "--prompts",
+        default="",
+        metavar="FILE",
+        help="prompts: jsonl, json, csv, parquet or txt (one a line), or a Hub id",
+    )
     add("--out", default="", metavar="FILE", help="write JSON lines; answers already in the file are not drawn again")
     add("--num", type=int, default=1, help="answers to each prompt (1)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
@@ -109,7 +114,9 @@ def _given(options: argparse.Namespace) -> list[Prompt] | None:
 def _chat(policy: TextPolicy, asked: bool | None) -> bool:
     has = bool(policy.tokenizer.chat_template)
     if asked and not has:
-        raise InputError("the model has no chat template", where="--chat", mend="leave --chat off, or set one in its tokenizer")
+        raise InputError(
+            "the model has no chat template", where="--chat", mend="leave --chat off, or set one in its tokenizer"
+        )
     return has if asked is None else asked
 
 
@@ -126,9 +133,7 @@ class _Answerer:
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts; InputError for one that leaves no room for an answer."""
-        ids = tokenize_prompts(
-            self.policy.tokenizer, [p.prompt for p in prompts], extras=[p.extra for p in prompts]
-        )
+        ids = tokenize_prompts(self.policy.tokenizer, [p.prompt for p in prompts], extras=[p.extra for p in prompts])
         for prompt, one in zip(prompts, ids, strict=True):
             try:
                 check_prompts(self.policy, [one], self.decoding)
@@ -137,9 +142,7 @@ class _Answerer:
         return ids
 
     def answer(self, ids: Sequence[Sequence[int]], rows: Sequence[int], num: int) -> list[list[Sample]]:
-        return self.sampler.sample(
-            ids, num=num, decoding=self.decoding, seed=self.seed, path=("sample",), rows=rows
-        )
+        return self.sampler.sample(ids, num=num, decoding=self.decoding, seed=self.seed, path=("sample",), rows=rows)
 
     def row(self, prompt: Prompt, sample: Sample, version: str) -> dict[str, Any]:
         """One line of the answers file; the answer has the prompt's form, so that the file is training data too."""
@@ -246,7 +249,9 @@ def _done(path: Path, prompts: Sequence[Prompt], fixed: Mapping[str, Any]) -> se
             told = ", ".join(f"{name} {row[name]!r} (now {fixed[name]!r})" for name in changed)
             raise InputError(f"was drawn with {told}", where=where, mend="choose another --out")
         if key[0] in by_row and _plain(by_row[key[0]]) != prompt:
-            raise InputError(f"answers another prompt than row {key[0] + 1} of the prompts", where=where, mend="choose another --out")
+            raise InputError(
+                f"answers another prompt than row {key[0] + 1} of the prompts", where=where, mend="choose another --out"
+            )
         done.add(key)
     if len(whole) < len(content):
         with path.open("r+b") as file:

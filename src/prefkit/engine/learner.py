@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from prefkit.engine import files, optimizers, sharding
+from prefkit.engine import deepspeed, files, optimizers, sharding
 from prefkit.engine.config import Optimisation
 from prefkit.engine.world import World
 from prefkit.errors import InputError
@@ -40,7 +40,17 @@ class Learner:
         if not self._weights:
             raise InputError("nothing is trainable: every weight is frozen", mend="train a LoRA adapter (--use_peft)")
         self._sharded = any(isinstance(weight, DTensor) for weight in self._weights.values())
-        self._optimizer = optimizers.build(config, self._weights, sharded=self._sharded)
+        self._optimizer = optimizers.build(config, self._weights, sharded=self._sharded or world.zero > 0)
+        self._zero: deepspeed.Zero | None = None
+        if world.zero:
+            self._zero = deepspeed.Zero(
+                module,
+                self._weights,
+                self._optimizer,
+                stage=world.zero,
+                size=world.size,
+                max_grad_norm=config.max_grad_norm,
+            )
         self._metric_names: list[str] | None = None
         self.step = 0
         """optimizer steps done"""
@@ -65,9 +75,9 @@ class Learner:
         """One optimizer step over this process's micro-batches.
 
         `compute` gives per-example losses (b,) and per-example metrics {name: (b,)}; `weight` is what a batch
-        adds to the divisor (its examples; its target tokens for token means). Under FSDP2 every process must
-        bring the same number of micro-batches. With several processes the metrics must have the same names at
-        every step.
+        adds to the divisor (its examples; its target tokens for token means). Under FSDP2 and DeepSpeed every
+        process must bring the same number of micro-batches. With several processes the metrics must have the
+        same names at every step.
 
         Returns 0-dim tensors: `loss`, `grad_norm` (before clipping), `learning_rate`, and every metric
         averaged over all examples.
@@ -75,26 +85,33 @@ class Learner:
         divisor = self._world.all_sum(self._scalar(sum(weight(batch) for batch in batches)))
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for batch in batches:
-            losses, metrics = compute(batch)
+        rate = self.learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        for number, batch in enumerate(batches, start=1):
+            losses, metrics = compute(batch) if self._zero is None else self._zero.losses(compute, batch)
             assert losses.ndim == 1, f"compute must give one loss per example, not shape {tuple(losses.shape)}"
-            (losses.sum() / divisor).backward()
+            if self._zero is None:
+                (losses.sum() / divisor).backward()
+            else:
+                self._zero.backward(losses.sum() / divisor, step=number == len(batches))
             for name, values in {"loss": losses, **metrics}.items():
                 total = values.detach().float().sum()
                 sums[name] = sums[name] + total if name in sums else total
                 counts[name] = counts.get(name, 0) + values.numel()
-        rate = self.learning_rate
-        norm = self._apply(rate)
+        norm = self._apply() if self._zero is None else self._zero.norm()
         self.step += 1
         averages = self._averages(sums, counts, divisor)
         rate_now = self._scalar(rate, dtype=torch.float64)
         return {"loss": averages.pop("loss"), "grad_norm": norm, "learning_rate": rate_now, **averages}
 
     def save(self, folder: Path, /) -> None:
-        """Write optimizer.safetensors and optimizer.json; a collective call when sharded."""
+        """Write optimizer.safetensors and optimizer.json; a collective call when sharded or under DeepSpeed."""
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
-        for name, entry in optimizers.state_of(self._optimizer, self._weights).items():
+        zero = self._zero
+        states = optimizers.state_of(self._optimizer, self._weights).items() if zero is None else zero.state()
+        for name, entry in states:
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     whole = sharding.whole(value)
@@ -116,16 +133,22 @@ class Learner:
         for key, value in (*self._stored(folder), *about["numbers"].items()):
             name, _, part = key.rpartition("::")
             state.setdefault(name, {})[part] = value
-        optimizers.restore(self._optimizer, self._weights, state)
+        optimizers.check_state(self._weights, state)
+        if self._zero is None:
+            optimizers.restore(self._optimizer, self._weights, state)
+        else:
+            self._zero.restore(state)
         self.step = int(about["step"])
 
     def _stored(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """The saved tensors on the devices of their weights, in the pieces this process holds."""
+        """The saved tensors on the devices of their weights, in the pieces this process holds; whole and on the
+        CPU under DeepSpeed, which takes its pieces itself.
+        """
         with safe_open(folder / "optimizer.safetensors", framework="pt", device="cpu") as file:
             for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 name, _, part = key.rpartition("::")
                 value = file.get_tensor(key)
-                if name not in self._weights:
+                if name not in self._weights or self._zero is not None:
                     yield key, value
                     continue
                 weight = self._weights[name]
@@ -134,7 +157,7 @@ class Learner:
                 same_shape = tuple(value.shape) == tuple(weight.shape)
                 yield key, sharding.piece(value, weight) if same_shape else value
 
-    def _apply(self, rate: float) -> Tensor:
+    def _apply(self) -> Tensor:
         """Sum gradients over processes, clip, step; gives the global norm before clipping (0-dim float32)."""
         gradients: list[Tensor] = []
         for weight in self._weights.values():
@@ -151,8 +174,6 @@ class Learner:
             scale = (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in local:
                 gradient.mul_(scale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

@@ -30,6 +30,8 @@ NAMES = {
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 1}
 """about how many bytes of optimizer state a trained weight costs"""
 
+SHARED = ("qmap1", "qmap2")
+
 
 def canonical(name: str) -> str:
     """The optimizer's own name; InputError listing the names for an unknown one."""
@@ -59,7 +61,7 @@ def build(config: Optimisation, weights: Mapping[str, nn.Parameter], *, sharded:
         raise InputError(
             f"{name} keeps statistics that cross the pieces of a sharded weight",
             where="--optim",
-            mend="use --optim adamw with FSDP2",
+            mend="use --optim adamw with FSDP2 and DeepSpeed",
         )
     if name == "adafactor":
         return Adafactor(groups, lr=config.learning_rate)
@@ -90,16 +92,20 @@ def learning_rate(config: Optimisation, step: int, total: int) -> float:
 
 
 def state_of(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by weight name: tensors, and numbers as Python values."""
-    return {name: dict(optimizer.state[weight]) for name, weight in weights.items() if optimizer.state.get(weight)}
+    """The optimizer's state by weight name: tensors, and numbers as Python values.
+
+    bitsandbytes shares its two tables of 256 values between all weights; files do not take shared tensors, so each
+    weight gets its own.
+    """
+    return {
+        name: {key: value.clone() if key in SHARED else value for key, value in optimizer.state[weight].items()}
+        for name, weight in weights.items()
+        if optimizer.state.get(weight)
+    }
 
 
-def restore(
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, nn.Parameter],
-    state: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Give the optimizer a state read from a checkpoint; InputError when it belongs to other weights."""
+def check_state(weights: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises InputError when a state read from a checkpoint belongs to other weights."""
     strange = sorted(set(state) - set(weights))
     if strange:
         raise InputError(
@@ -107,10 +113,18 @@ def restore(
             mend="continue with the model and LoRA options the run was started with",
         )
     for name, weight in weights.items():
-        entry = dict(state.get(name, {}))
-        for key, value in entry.items():
+        for key, value in state.get(name, {}).items():
             if key in ("exp_avg", "exp_avg_sq", "second") and tuple(value.shape) != tuple(weight.shape):
                 raise InputError(
                     f"the optimizer state of {name} has shape {tuple(value.shape)}, not {tuple(weight.shape)}"
                 )
-        optimizer.state[weight] = entry
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, nn.Parameter],
+    state: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Give the optimizer a state read from a checkpoint that `check_state` accepts."""
+    for name, weight in weights.items():
+        optimizer.state[weight] = dict(state.get(name, {}))

@@ -92,6 +92,9 @@ def gathered(module: nn.Module) -> Iterator[nn.Module]:
         yield module
         return
     _gathered.add(module)
+    if isinstance(module, FSDPModule):
+        # FSDP2 takes whichever unit runs first for the root; a run that goes on may sample before it scores.
+        module._get_fsdp_state()._lazy_init()
     try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -110,14 +113,16 @@ def full_state(module: nn.Module, *, names: Collection[str] | None = None) -> di
 
     `names` takes only these (an adapter's, say). A collective call when sharded: every process must make it.
     """
-    own = {name: value for name, value in module.state_dict().items() if names is None or name in names}
+    own = {name: value for name, value in module.state_dict(keep_vars=True).items() if names is None or name in names}
     if not is_sharded(module):
-        return own
+        return {name: value.detach() for name, value in own.items()}
     state: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}  # tied weights stay one tensor, as files and `save_pretrained` expect
     for name, value in own.items():
-        complete = whole(value)
+        if id(value) not in seen:
+            seen[id(value)] = whole(value).detach()
         if dist.get_rank() == 0:
-            state[name] = complete.cpu()
+            state[name] = seen[id(value)] = seen[id(value)].cpu()
     return state
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from prefkit.engine import deepspeed
 from prefkit.errors import InputError
 
 T = TypeVar("T")
@@ -24,26 +25,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`; `sharded` is True when FSDP2 shards the weights over them."""
+    """One process among `size`; `sharded` is True when FSDP2 shards the weights over them.
+
+    `zero` is the stage of DeepSpeed's ZeRO (1 or 2), which leaves the weights whole; 0 without it.
+    """
 
     rank: int
     size: int
     device: torch.device
     sharded: bool = False
+    zero: int = 0
 
     @classmethod
     def start(cls) -> World:
         """Join the processes of this launch (once; later calls return the same world).
 
-        Raises InputError for a launch the engine does not run: DeepSpeed and FSDP version 1.
+        Raises InputError for a launch the engine does not run: FSDP version 1, ZeRO stage 3, ZeRO with offload.
         """
-        sharded = _asked("ACCELERATE_USE_FSDP")
-        if _asked("ACCELERATE_USE_DEEPSPEED"):
-            raise InputError(
-                "DeepSpeed checkpoints are pickles, and a run keeps safetensors and JSON only",
-                where="accelerate launch",
-                mend="shard with FSDP2 instead: prefkit/commands/accelerate/fsdp2.yaml",
-            )
+        sharded, zero = _asked("ACCELERATE_USE_FSDP"), deepspeed.stage()
         if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
             raise InputError(
                 "FSDP version 1 is asked for, and only version 2 is supported",
@@ -51,12 +50,15 @@ class World:
                 mend="add --fsdp_version 2, or `fsdp_version: 2` under fsdp_config",
             )
         fresh = not dist.is_initialized()
-        state = PartialState(cpu=_asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+        if zero:  # accelerate starts DeepSpeed's own process group, which it does not with `cpu`
+            state = PartialState(backend=None if torch.cuda.is_available() else "gloo")
+        else:
+            state = PartialState(cpu=_asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         if fresh and dist.is_initialized():
             atexit.register(state.destroy_process_group)
         rank, size, device = int(state.process_index), int(state.num_processes), state.device
         assert device is not None, "accelerate sets a device"
-        return cls(rank=rank, size=size, device=device, sharded=sharded and size > 1)
+        return cls(rank=rank, size=size, device=device, sharded=sharded and size > 1, zero=zero if size > 1 else 0)
 
     @property
     def is_main(self) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import tiny
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy
 from prefkit.engine.learner import Learner

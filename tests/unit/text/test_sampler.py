@@ -8,10 +8,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from prefkit.domains.text import sampler as sampler_module
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding, TransformersSampler, draw, end_tokens, sampling_log_probs
@@ -203,7 +203,9 @@ def test_the_models_own_generation_settings_do_not_bend_the_distribution() -> No
 def test_temperature_zero_is_the_librarys_greedy_search() -> None:
     made = policy()
     for text, answers in zip(prompts(), sample(made, prompts(), temperature=0.0), strict=True):
-        greedy = made.model.generate(input_ids=torch.tensor([text]), max_new_tokens=12, do_sample=False, pad_token_id=END)
+        greedy = made.model.generate(
+            input_ids=torch.tensor([text]), max_new_tokens=12, do_sample=False, pad_token_id=END
+        )
         assert list(answers[0].tokens) == greedy[0, len(text) :].tolist()
         assert answers[0].log_probs == pytest.approx(scored(made, answers[0]), abs=2e-4)
 

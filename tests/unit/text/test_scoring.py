@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from prefkit.domains.text import scoring
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.engine.world import World
@@ -240,9 +240,7 @@ def test_a_model_with_an_unknown_logit_transform_is_refused() -> None:
 
     model.forward = scaled.__get__(model)
     with pytest.raises(InputError, match="transforms its logits"):
-        TextPolicy.create(
-            dpo.Config(dtype="float32"), World.start(), model=model, tokenizer=tiny.tokenizer()
-        )
+        TextPolicy.create(dpo.Config(dtype="float32"), World.start(), model=model, tokenizer=tiny.tokenizer())
 
 
 def test_a_model_that_gives_nan_is_refused() -> None:
@@ -250,9 +248,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[10] = float("nan")
     with pytest.raises(InputError, match="nan nats"):
-        TextPolicy.create(
-            dpo.Config(dtype="float32"), World.start(), model=model, tokenizer=tiny.tokenizer()
-        )
+        TextPolicy.create(dpo.Config(dtype="float32"), World.start(), model=model, tokenizer=tiny.tokenizer())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

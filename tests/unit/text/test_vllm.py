@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fake_vllm
 import pytest
-import tiny
 import torch
 
-from prefkit.domains.text.policy import TextPolicy
+import fake_vllm
+import tiny
 from prefkit.domains.text.generators import sampler_for
+from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding, Sampler
 from prefkit.engine.seeds import number
 from prefkit.engine.world import World

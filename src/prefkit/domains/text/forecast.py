@@ -2,7 +2,8 @@
 
 Steps follow from the data, memory and disk from arithmetic on the model's config.json (see `memory`). Time is rough:
 the products a step multiplies, over the speed of one matrix product measured now on this device, at the share of that
-speed that whole models reach; drawing a token takes at least the time to read all weights from memory once.
+speed that whole models reach; drawing a token takes at least the time to read all weights from memory once. The shares
+were measured on a small model on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from prefkit.records import Example, Pair
 MEASURE_SECONDS = 0.2
 MATRIX = 1024
 REACHED = 0.4
-"""share of one large matrix product's speed that the many smaller ones of a model reach"""
+"""share of one large matrix product's speed that a model's passes reach"""
+REACHED_BFLOAT16_CPU = 0.15
+"""the same where a processor's matrix units are so fast that everything else takes most of the time"""
+DRAWING = 0.2
+"""share of the memory's speed at which weights are read for one token"""
 DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -48,6 +53,11 @@ class Speed:
     """multiply-adds of a large matrix product"""
     bytes: float
     """read from memory"""
+    reached: float = REACHED
+
+    def pass_seconds(self, products: float) -> float:
+        """Seconds of passes through a model that multiply so often."""
+        return products / (self.products * self.reached)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +79,7 @@ class Load:
     reference: bool
 
 
-def forecast(
-    config: Any, rows: Sequence[Pair | Example], *, held_out: Sequence[Pair | Example] = ()
-) -> list[str]:
+def forecast(config: Any, rows: Sequence[Pair | Example], *, held_out: Sequence[Pair | Example] = ()) -> list[str]:
     """Lines to print: data, steps, model, memory, disk, time. `rows` are trained on, `held_out` evaluated on.
 
     Raises InputError for a model that cannot be found or is no causal LM.
@@ -143,15 +151,15 @@ def scoring_products(shape: Shape, load: Load) -> float:
     return load.rows * (load.length * shape.body + load.answer * shape.hidden * shape.vocabulary)
 
 
-def drawing_seconds(shape: Shape, speed: Speed, *, answers: int, tokens: int, prompt: int, size: int) -> float:
-    """Seconds to draw `answers` of `tokens` each to prompts of `prompt` tokens; weights of `size` bytes."""
+def drawing_seconds(shape: Shape, speed: Speed, *, answers: int, tokens: int, prompt: int) -> float:
+    """Seconds to draw `answers` of `tokens` each to prompts of `prompt` tokens."""
     weights = shape.body + shape.hidden * shape.vocabulary
     total = 0.0
     for start in range(0, answers, MAX_ROWS):
         together = min(MAX_ROWS, answers - start)
-        computed = together * weights / (speed.products * REACHED)
-        total += tokens * max(computed, weights * size / speed.bytes)
-        total += together * prompt * shape.body / (speed.products * REACHED)
+        total += speed.pass_seconds(together * prompt * shape.body)
+        # Four bytes whatever the dtype: with few rows at a time half-size weights are not read twice as fast.
+        total += tokens * max(speed.pass_seconds(together * weights), 4 * weights / (speed.bytes * DRAWING))
     return total
 
 
@@ -161,7 +169,8 @@ def measure(device: torch.device, dtype: torch.dtype, *, seconds: float = MEASUR
     block = torch.zeros(2**24, device=device)
     products = _per_second(lambda: left @ right, device, seconds) * MATRIX**3
     read = _per_second(block.sum, device, seconds / 2) * block.numel() * block.element_size()
-    return Speed(products=products, bytes=read)
+    slow_rest = device.type == "cpu" and dtype == torch.bfloat16
+    return Speed(products=products, bytes=read, reached=REACHED_BFLOAT16_CPU if slow_rest else REACHED)
 
 
 def _per_second(work: Any, device: torch.device, seconds: float) -> float:
@@ -181,12 +190,8 @@ def _now(device: torch.device) -> float:
 
 
 def _data(rows: Sequence[Pair | Example], held_out: Sequence[Pair | Example]) -> list[str]:
-    lengths = sorted(
-        len(group.prompt) + max(map(len, group.answers)) for group in (row.group for row in rows)
-    )
-    tokens = sum(
-        len(group.prompt) + len(answer) for group in (row.group for row in rows) for answer in group.answers
-    )
+    lengths = sorted(len(group.prompt) + max(map(len, group.answers)) for group in (row.group for row in rows))
+    tokens = sum(len(group.prompt) + len(answer) for group in (row.group for row in rows) for answer in group.answers)
     kind = "pairs" if isinstance(rows[0], Pair) else "answers"
     return [
         f"data      {len(rows):,} {kind} to train on, {len(held_out):,} held out; {_count(tokens)} tokens a pass",
@@ -290,18 +295,18 @@ class _Plan:
     def time(self) -> Iterator[str]:
         options, speed = self.options, measure(self.device, self.dtype)
         cached = bool(options.get("precompute_ref_log_probs", False))
-        step = training_products(self.shape, self.load, lora=self.lora, cached=cached) / (speed.products * REACHED)
+        step = speed.pass_seconds(training_products(self.shape, self.load, lora=self.lora, cached=cached))
         step *= 4 / 3 if options["gradient_checkpointing"] else 1
         step += self._drawing(speed, self.load.drawn)
         evaluation = self._drawing(speed, options["num_eval_prompts"])
         if self.held_out is not None:
-            scored = scoring_products(self.shape, self.held_out)
-            evaluation += (2 if self.load.reference else 1) * scored / (speed.products * REACHED)
+            scored = speed.pass_seconds(scoring_products(self.shape, self.held_out))
+            evaluation += (2 if self.load.reference else 1) * scored
         evaluations = 2 + (self.steps // options["eval_steps"] if options["eval_steps"] else 0)
         total = self.steps * step + evaluations * evaluation
         yield (
             f"time      roughly {duration(total)}, give or take a factor of two: {self.steps:,} steps of "
-            f"{step:.2g} s, {evaluations} evaluations of {evaluation:.2g} s"
+            f"{_seconds(step)}, {evaluations} evaluations of {_seconds(evaluation)}"
         )
         yield (
             f"          (from {2 * speed.products / 1e9:.0f} GFLOP/s and {speed.bytes / 1e9:.0f} GB/s, measured now "
@@ -315,7 +320,6 @@ class _Plan:
             answers=answers,
             tokens=self.options.get("max_new_tokens", 0),
             prompt=round(self.load.length - self.load.answer),
-            size=4 if self.dtype == torch.float32 else 2,
         )
 
 
@@ -325,6 +329,10 @@ def _available(device: torch.device) -> int | None:
         return torch.cuda.get_device_properties(device).total_memory
     gib = memory_gib()
     return None if gib is None else round(gib * GIB)
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2g} s" if number < 10 else duration(number)
 
 
 def _size(count: float) -> str:

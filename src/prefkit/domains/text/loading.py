@@ -109,7 +109,7 @@ def context(options: Model, model: Any = None) -> int:
 
     source = "" if model is not None else resolve(options.model_name_or_path)
     try:
-        config = AutoConfig.from_pretrained(source, revision=options.model_revision) if source else model.config
+        config: Any = AutoConfig.from_pretrained(source, revision=options.model_revision) if source else model.config
     except (OSError, ValueError) as error:
         raise InputError(
             f"the config of {source} cannot be read: {_first_line(error)}", where="--model_name_or_path"

@@ -9,6 +9,7 @@ mode, in which they dequantise and multiply; they have nothing else (no dropout)
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from torch import nn
 
 from prefkit.domains.text.config import Model
 from prefkit.errors import InputError
+
+# peft imports bitsandbytes wherever it is installed, which then warns of optional kernels that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LAYERS = ("Linear4bit", "Linear8bitLt")
 
@@ -69,9 +73,7 @@ def check(options: Any) -> None:
             mend="add --use_peft, which trains an adapter on top of them",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "quantised base weights need bitsandbytes", where=where, mend="pip install 'prefkit[quant]'"
-        )
+        raise InputError("quantised base weights need bitsandbytes", where=where, mend="pip install 'prefkit[quant]'")
 
 
 def settings(options: Model, dtype: torch.dtype) -> Any:

@@ -6,6 +6,7 @@ counting and not by looking for padding, so that any padding and pad == eos are 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -164,15 +165,19 @@ class RewardModel:
 
     def save_final(self, directory: Path) -> dict[str, str | None]:
         """Write DIRECTORY/model as a stock sequence-classification folder (and DIRECTORY/adapter with LoRA)."""
+        pad = causal_lm(self.model).config.pad_token_id
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if pad is not None:
+            tokenizer.pad_token_id = pad
         return weights.save_final(
             self.module,
-            self.tokenizer,
+            tokenizer,
             directory,
             world=self.world,
             adapter=self.uses_adapter,
             source=self.source,
             kind="reward",
-            extra_config={MEAN: self.mean},
+            extra_config={MEAN: self.mean, "pad_token_id": pad},
         )
 
 
@@ -201,15 +206,16 @@ def _reset_head(model: Any, seed: int) -> None:
 
 
 def _name_pad(model: Any, tokenizer: Any) -> None:
-    """Give config.json a pad token other than EOS where the vocabulary has one.
+    """Give config.json a pad token other than EOS, or none where the vocabulary has no other special token.
 
     transformers' own sequence classifier reads the last token that is not padding: with pad == eos it would read the
-    token before the end of a whole answer. Our own reading does not depend on it.
+    token before the end of a whole answer; without a pad token it takes one sequence at a time, and that right. Our
+    own reading does not depend on it.
     """
-    ends = tokenizer.eos_token_id
-    others = [i for i in tokenizer.all_special_ids if i != ends]
-    pad = tokenizer.pad_token_id
-    model.config.pad_token_id = others[0] if pad in (None, ends) and others else pad
+    ends, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    others = [i for i in [*tokenizer.all_special_ids, *added] if i != ends]
+    model.config.pad_token_id = pad if pad not in (None, ends) else next(iter(others), None)
 
 
 def _from_causal(model: Any) -> Any:

@@ -82,6 +82,7 @@ class VllmSampler:
         check_prompts(self.policy, prompts, decoding)
         if self._engine is None:
             self.refresh()
+        engine: Any = self._engine
         ends = end_tokens(self.policy)
         jobs = [(prompts[i], rows[i], j, i) for i in range(len(prompts)) for j in range(num)]
         settings = [
@@ -98,7 +99,7 @@ class VllmSampler:
             )
             for _, row, index, _ in jobs
         ]
-        outputs = self._engine.generate(
+        outputs = engine.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, *_ in jobs],
             settings,
             use_tqdm=False,
@@ -152,7 +153,9 @@ class VllmSampler:
 def _check(policy: TextPolicy) -> None:
     """Refuse what vLLM cannot do as this project needs it done."""
     if importlib.util.find_spec("vllm") is None:
-        raise InputError("vLLM is not installed", where=WHERE, mend="pip install 'prefkit[vllm]', or --generator transformers")
+        raise InputError(
+            "vLLM is not installed", where=WHERE, mend="pip install 'prefkit[vllm]', or --generator transformers"
+        )
     if policy.world.size > 1:
         raise InputError(
             "the vLLM engine serves a run of one process",

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from prefkit.engine.files import read_json, write_json
 from prefkit.engine.sharding import full_state, load_state
 from prefkit.engine.world import World
+from prefkit.errors import InputError
 
 Kind = Literal["causal", "reward"]
 PREFIX = "model."
@@ -42,17 +44,27 @@ def save(module: nn.Module, tokenizer: Any, folder: Path, *, world: World, adapt
 
 def load(module: nn.Module, folder: Path, *, adapter: bool) -> None:
     """Put back what `save` wrote, bit for bit; InputError where the weights do not fit."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")):
-        state.update(load_file(file))
-    names = _trained(module, adapter)
     if adapter:
-        state = _with_adapter_name(module, state)
+        from safetensors.torch import load_file
+
+        state = _with_adapter_name(module, load_file(folder / "adapter_model.safetensors"))
     else:
-        state = {PREFIX + name: tensor for name, tensor in state.items()}
-    load_state(module, state, names=names)
+        state = _whole_model(module, folder)
+    load_state(module, state, names=_trained(module, adapter))
+
+
+def _whole_model(module: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder under the module's names, on the main process; empty elsewhere.
+
+    transformers reads them: names and shapes in its files are not always those of the model in memory.
+    """
+    if not World.start().is_main:
+        return {}
+    model: Any = module.model
+    stored, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:
+        raise InputError(f"lacks {sorted(found['missing_keys'])[0]}", where=str(folder))
+    return {PREFIX + name: tensor for name, tensor in stored.state_dict().items()}
 
 
 def save_final(
@@ -116,5 +128,6 @@ def _trained(module: nn.Module, adapter: bool) -> set[str] | None:
 
 def _with_adapter_name(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """peft leaves the adapter's name out of the names in its files; here they are the module's own again."""
-    own = {name.replace(".default.", ".").replace(".modules_to_save.", "."): name for name in _trained(module, True) or ()}
+    names = _trained(module, True) or ()
+    own = {name.replace(".default.", ".").replace(".modules_to_save.", "."): name for name in names}
     return {own.get(PREFIX + name, PREFIX + name): tensor for name, tensor in state.items()}
