@@ -13,7 +13,23 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "red blue green one two three cat dog bird sun moon star yes no maybe".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "sun",
+    "moon",
+    "star",
+    "yes",
+    "no",
+    "maybe",
+]
 
 
 def tokenizer() -> Any:

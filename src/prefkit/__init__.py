@@ -7,12 +7,16 @@ It is imported when first used, so that `import prefkit` stays light.
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
 from prefkit.errors import InputError
 
 __version__ = "0.1.0"
+
+# Read by huggingface_hub when it is imported; set before anything here imports it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 METHODS = tuple(sorted(file.stem for file in Path(__file__).with_name("methods").glob("[!_]*.py")))
 """a method is found by its file being there"""

@@ -99,9 +99,7 @@ def find(name: str) -> Path:
         raise InputError(f"{name} is not installed ({asset.distribution})", mend=asset.install)
     if state == "other version":
         found = importlib.metadata.version(asset.distribution)
-        raise InputError(
-            f"{name} needs {asset.distribution} {asset.version}, found {found}", mend=asset.install
-        )
+        raise InputError(f"{name} needs {asset.distribution} {asset.version}, found {found}", mend=asset.install)
     raise InputError(f"{name}: {asset.file} is missing or not the published file", mend=repair(asset, state))
 
 

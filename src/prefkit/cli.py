@@ -123,14 +123,10 @@ def load(package: str, name: str) -> Any:
 def overview() -> str:
     """The page of `prefkit --help`: the first docstring line of every method and command, none imported."""
     parts = [f"prefkit {version()}: {PURPOSE}\n", USAGE]
-    listed = {
-        title: modules(package) for title, package in (("methods", "methods"), ("commands", "commands"))
-    }
+    listed = {title: modules(package) for title, package in (("methods", "methods"), ("commands", "commands"))}
     width = max([len(name) for files in listed.values() for name in files], default=0)
     for title, files in listed.items():
-        parts.append(
-            "\n".join([title, *(f"  {name:<{width}}  {summary(file)}" for name, file in files.items()), ""])
-        )
+        parts.append("\n".join([title, *(f"  {name:<{width}}  {summary(file)}" for name, file in files.items()), ""]))
     return "\n".join([*parts, EXAMPLES])
 
 
@@ -150,9 +146,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return INPUT, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"interrupted; {error}" if str(
-            error
-        ) else "interrupted; the same command starts it again"
+        return INTERRUPTED, f"interrupted; {error}" if str(error) else "interrupted; the same command starts it again"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f" ({error.filename})" if error.filename else ""
         return INPUT, f"no space left on the disk{place}\n  mend: free some, or choose another --output_dir"

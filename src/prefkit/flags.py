@@ -55,8 +55,7 @@ def from_flags(base: C, argv: Sequence[str], *, prog: str, description: str = ""
     form = _form(base)
     filled = tyro.cli(form, args=flags, prog=prog, description=description, use_underscores=True)
     values = {
-        option.name: getattr(getattr(filled, option.groups[0]), option.name)
-        for option in options.options_of(config)
+        option.name: getattr(getattr(filled, option.groups[0]), option.name) for option in options.options_of(config)
     }
     return dataclasses.replace(typing.cast(Any, base), **values)
 

@@ -111,9 +111,7 @@ def names_of(config: type) -> dict[str, str]:
 
 def to_json(config: Any) -> dict[str, Any]:
     """The fields of a Config as JSON values (tuples become lists, paths strings)."""
-    return {
-        field.name: _plain(getattr(config, field.name), field.name) for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name), field.name) for field in dataclasses.fields(config)}
 
 
 def from_json(config: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
@@ -136,9 +134,7 @@ def update(base: C, values: Mapping[str, Any], *, where: str = "") -> C:
         if name is None:
             raise unknown("option", key, names, where=where)
         if name in changes:
-            raise InputError(
-                f"option {name} is given twice (once as {key})", where=where, mend="keep one of them"
-            )
+            raise InputError(f"option {name} is given twice (once as {key})", where=where, mend="keep one of them")
         changes[name] = convert(value, types_by_name[name], key=key, where=where)
     return dataclasses.replace(typing.cast(Any, base), **changes)
 
@@ -213,9 +209,7 @@ def _convert_union(value: Any, members: tuple[Any, ...], *, key: str, where: str
         except InputError:
             continue
     named = " or ".join(_named(member) for member in members)
-    raise InputError(
-        f"{key} must be {named}, not {value!r}", where=where, mend=f"write {_example(members[0])}"
-    )
+    raise InputError(f"{key} must be {named}, not {value!r}", where=where, mend=f"write {_example(members[0])}")
 
 
 def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], *, key: str, where: str) -> Any:
@@ -239,9 +233,7 @@ def _named(to: Any) -> str:
 
 
 def _example(to: Any) -> str:
-    return {bool: "true or false", int: "a number such as 8", float: "a number such as 0.1"}.get(
-        to, 'text in "quotes"'
-    )
+    return {bool: "true or false", int: "a number such as 8", float: "a number such as 0.1"}.get(to, 'text in "quotes"')
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -270,10 +262,6 @@ def _field_docstrings(owner: type) -> dict[str, str]:
     for field, after in itertools.pairwise(body):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
-        if (
-            isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-            and isinstance(after.value.value, str)
-        ):
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
             meanings[field.target.id] = inspect.cleandoc(after.value.value)
     return meanings

@@ -14,7 +14,9 @@ Metrics = dict[str, Tensor]
 """per-example values, (b,) each"""
 
 Gold = Callable[[Sequence[Text], Sequence[str]], Sequence[float]]
-"""scores answers given their prompts, higher is better: (prompts, completions) -> numbers, as TRL's reward functions"""
+"""scores answers given their prompts, higher is better: (prompts, completions) -> as many finite numbers
+
+Prompts are as in the data, strings or lists of messages; completions are strings."""
 
 
 class Trackable(Protocol):

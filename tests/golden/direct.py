@@ -83,10 +83,7 @@ def hypo_cases() -> list[dict]:
         own, ref_own = (np.round(-5 * draw.random(shape), 3).tolist() for _ in range(2))
         state_kl = np.round(draw.random(shape), 3).tolist() if estimator == "rb" else None
         offline = dpo(**pairs, beta=0.1, kind="sigmoid", label_smoothing=0.0)
-        online = [
-            surrogate(own[i], ref_own[i], estimator, state_kl[i] if state_kl else None)
-            for i in range(shape[0])
-        ]
+        online = [surrogate(own[i], ref_own[i], estimator, state_kl[i] if state_kl else None) for i in range(shape[0])]
         total = [np.sum(np.array(own[i]) - np.array(ref_own[i])) / shape[1] for i in range(shape[0])]
         cases.append(
             {

@@ -26,9 +26,7 @@ def tensor(*values: float) -> Tensor:
 
 def groups(k_min: int = 2) -> st.SearchStrategy[Tensor]:
     return st.integers(k_min, 6).flatmap(
-        lambda k: st.lists(log_probs, min_size=2 * k, max_size=2 * k).map(
-            lambda v: tensor(*v).reshape(2, 1, k)
-        )
+        lambda k: st.lists(log_probs, min_size=2 * k, max_size=2 * k).map(lambda v: tensor(*v).reshape(2, 1, k))
     )
 
 
@@ -105,9 +103,7 @@ def test_rloo_ignores_a_constant_in_the_log_ratio(values, shift):
     own, ref = values[0].clone().requires_grad_(), values[1]
     slopes = [torch.autograd.grad(reverse_kl(own, r).sum(), own)[0] for r in (ref, ref + shift)]
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(
-        kl_estimate(own, ref + shift), kl_estimate(own, ref) - shift, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(kl_estimate(own, ref + shift), kl_estimate(own, ref) - shift, rtol=1e-9, atol=1e-9)
 
 
 @given(groups(1))

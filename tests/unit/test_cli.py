@@ -182,9 +182,7 @@ def test_flags(parsed: Callable[..., Any], words: list[str], field: str, expecte
         (["--from", "."], "not a prefkit run"),
     ],
 )
-def test_bad_flags_exit_with_2(
-    stub: Any, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_flags_exit_with_2(stub: Any, words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails("stub_method", *words) == 2
     said = capsys.readouterr()
     assert told in " ".join((said.err + said.out).split())
@@ -198,9 +196,7 @@ def test_unknown_method_suggests_the_nearest(capsys: pytest.CaptureFixture[str])
 
 
 def test_flags_win_over_file_and_file_over_preset(parsed: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "max_steps: 7\nseed: 3\nlearning_rate: 1e-5\nlora_target_modules: [q, v]\n"
-    )
+    (tmp_path / "a.yaml").write_text("max_steps: 7\nseed: 3\nlearning_rate: 1e-5\nlora_target_modules: [q, v]\n")
     config = parsed("demo", "--from", "a.yaml", "--seed", "4")
     assert (config.max_steps, config.seed, config.learning_rate, config.use_peft) == (7, 4, 1e-5, True)
     assert config.lora_target_modules == ("q", "v")
@@ -296,9 +292,7 @@ def test_errors_are_messages(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_says_how_to_go_on(
-    stub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_run_says_how_to_go_on(stub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "r", stub)
     stub.FAIL.append(KeyboardInterrupt())
     for words in (["stub_method", "demo", "--output_dir", "r"], ["resume", "r"]):

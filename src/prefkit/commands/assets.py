@@ -11,9 +11,7 @@ from prefkit import assets
 def main(argv: Sequence[str]) -> int:
     """Prints the registry; returns 2 when an installed asset is of another version or damaged."""
     parser = argparse.ArgumentParser(prog="prefkit assets", description=__doc__)
-    parser.add_argument(
-        "what", nargs="?", choices=("list", "check"), default="list", help="check prints one line each"
-    )
+    parser.add_argument("what", nargs="?", choices=("list", "check"), default="list", help="check prints one line each")
     chosen = parser.parse_args(list(argv))
     states: dict[str, assets.State] = {asset.name: assets.check(asset) for asset in assets.ASSETS.values()}
     if chosen.what == "check":

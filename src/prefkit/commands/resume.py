@@ -40,9 +40,7 @@ def read_run(directory: str) -> tuple[Any, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         name, values = record["method"], dict(record["config"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"not the config of a run ({type(error).__name__}: {error})", where=str(file)
-        ) from None
+        raise InputError(f"not the config of a run ({type(error).__name__}: {error})", where=str(file)) from None
     if not str(name).isidentifier() or importlib.util.find_spec(f"prefkit.methods.{name}") is None:
         raise InputError(
             f"the run's method {name!r} is not in this prefkit", where=str(file), mend="install its version"

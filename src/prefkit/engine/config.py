@@ -53,7 +53,7 @@ class Selection:
     num_eval_prompts: int = 32
     """held-out prompts answered for the KL and the sample table"""
     keep_best: str = ""
-    """name of an eval metric: the checkpoint with the best value becomes the final model (a leading - means lower is better)"""
+    """eval metric whose best checkpoint becomes the final model; a leading - means lower is better"""
     stop_at_kl: float = 0.0
     """stop when the KL to the reference on own samples passes this many nats; 0 never stops"""
     patience: int = 0

@@ -22,8 +22,7 @@ B = TypeVar("B")
 Compute = Callable[[B], tuple[Tensor, Mapping[str, Tensor]]]
 
 STATE = ("exp_avg", "exp_avg_sq")
-BUCKET = 1 << 25
-"""gradients and weights travel in messages of at most this many numbers"""
+BUCKET = 1 << 25  # gradients and weights travel in messages of at most this many numbers
 
 
 def stage() -> int:
@@ -35,28 +34,21 @@ def stage() -> int:
         return os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", default)
 
     number = given("ZERO_STAGE", "2")
-    offloaded = {given("OFFLOAD_OPTIMIZER_DEVICE"), given("OFFLOAD_PARAM_DEVICE")} != {"none"}
-    if number not in ("1", "2") or offloaded:
-        raise InputError(
-            f"DeepSpeed ZeRO stage {number}{' with offload' if offloaded else ''} is asked for; prefkit runs stages "
-            "1 and 2, without offload",
-            where="accelerate launch",
-            mend="shard the weights with FSDP2 instead: prefkit/commands/accelerate/fsdp2.yaml",
-        )
-    if given("CONFIG_FILE") != "none":
-        raise InputError(
-            "a DeepSpeed config file is given, and prefkit sets precision, optimizer and clipping itself",
-            where="accelerate launch",
-            mend="use prefkit/commands/accelerate/deepspeed_zero2.yaml, which names the stage alone",
-        )
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            "DeepSpeed is asked for and is not installed",
-            where="accelerate launch",
-            mend="pip install 'prefkit[deepspeed]'",
-        )
-    if "LOCAL_RANK" not in os.environ:
-        raise InputError("DeepSpeed is asked for outside of a launch", mend="start it with `accelerate launch`")
+    offload = {given("OFFLOAD_OPTIMIZER_DEVICE"), given("OFFLOAD_PARAM_DEVICE")} != {"none"}
+    what = mend = ""
+    if number not in ("1", "2") or offload:
+        which = "offload" if offload else f"stage {number}"
+        what = f"DeepSpeed ZeRO {which} is asked for; prefkit runs stages 1 and 2, without offload"
+        mend = "shard the weights with FSDP2 instead: prefkit/commands/accelerate/fsdp2.yaml"
+    elif given("CONFIG_FILE") != "none":
+        what = "a DeepSpeed config file is given, and prefkit sets precision, optimizer and clipping itself"
+        mend = "use prefkit/commands/accelerate/deepspeed_zero2.yaml, which names the stage alone"
+    elif importlib.util.find_spec("deepspeed") is None:
+        what, mend = "DeepSpeed is asked for and is not installed", "pip install 'prefkit[deepspeed]'"
+    elif "LOCAL_RANK" not in os.environ:
+        what, mend = "DeepSpeed is asked for outside of a launch", "start it with `accelerate launch`"
+    if what:
+        raise InputError(what, where="accelerate launch", mend=mend)
     return int(number)
 
 
@@ -73,18 +65,16 @@ class Zero:
         size: int,
         max_grad_norm: float,
     ) -> None:
-        """Hand the trained `weights` of `module` and their AdamW over to DeepSpeed; `size` processes take part.
+        """Hand the trained `weights` of `module` and their AdamW over to DeepSpeed, one of `size` processes.
 
-        The weights stay the same Parameters, and whole, but lie in DeepSpeed's buffers from now on. Raises InputError
-        for quantised weights.
+        They stay the same Parameters, and whole, in DeepSpeed's buffers. Raises InputError for quantised weights.
         """
-        for name, weight in module.named_parameters():
-            if not weight.dtype.is_floating_point:
-                raise InputError(
-                    f"{name} is quantised ({weight.dtype}), which is not supported under DeepSpeed",
-                    where="--load_in_4bit / --load_in_8bit",
-                    mend="launch without DeepSpeed, or load the weights whole",
-                )
+        if any(not weight.dtype.is_floating_point for weight in module.parameters()):
+            raise InputError(
+                "quantised weights are not supported under DeepSpeed",
+                where="--load_in_4bit / --load_in_8bit",
+                mend="launch without DeepSpeed, or load the weights whole",
+            )
         from accelerate import Accelerator
 
         accelerator: Any = Accelerator(mixed_precision="no")
@@ -131,17 +121,18 @@ class Zero:
         """Take up whole optimizer states that `state` gave, each process its piece; a collective call."""
         if not state:
             return
-        if not self._steps()[0]:  # DeepSpeed knows which piece of the state is whose after a step: take an empty one
+        if not self._steps()[0]:  # DeepSpeed knows whose state is where after a first step: take an empty one
             for group in self._optimizer.param_groups:
                 group["lr"] = 0.0
-            zeros, _ = self.losses(lambda weights: (torch.stack([0 * w.sum() for w in weights]), {}), self._weights.values())
-            self.backward(zeros.sum(), step=True)
+            weights = list(self._weights.values())
+            zero, _ = self.losses(lambda _: (torch.stack([0 * w.sum() for w in weights]).sum(), {}), None)
+            self.backward(zero, step=True)
         put = _utilities().safe_set_full_optimizer_state
         for name, weight in self._weights.items():
             for key in STATE:
                 put(weight, state[name][key], key)
-        for step in self._steps():
-            step.fill_(float(next(iter(state.values()))["step"]))
+        for count in self._steps():
+            count.fill_(float(next(iter(state.values()))["step"]))
 
     def _steps(self) -> list[Tensor]:
         return [entry["step"] for entry in self._optimizer.state.values()]

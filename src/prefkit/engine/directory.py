@@ -137,7 +137,9 @@ def _empty(directory: Path) -> None:
 def _begun(directory: Path) -> bool:
     """Whether there is anything a new start would lose: a row of metrics or a checkpoint."""
     metrics = directory / METRICS
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any(_is_checkpoint(path) for path in directory.iterdir())
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        _is_checkpoint(path) for path in directory.iterdir()
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:

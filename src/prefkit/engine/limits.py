@@ -28,9 +28,7 @@ class Limit:
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
-        return " and ".join(
-            words for words, end in ((low, self.low), (high, self.high)) if math.isfinite(end)
-        )
+        return " and ".join(words for words, end in ((low, self.low), (high, self.high)) if math.isfinite(end))
 
 
 ABOVE_0, NOT_BELOW_0, AT_LEAST_1 = Limit(0, above=True), Limit(0), Limit(1)

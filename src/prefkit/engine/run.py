@@ -182,8 +182,8 @@ class Run:
         """End the loop after this step."""
         self._stop = self._stop or reason
 
-    def finish(self, *, model: str = "model", adapter: str | None = None) -> dict[str, Any]:
-        """Load the selected checkpoint if it is not the last step's; write result.json, give its content."""
+    def select(self) -> int:
+        """Load the selected checkpoint if it is not the last step's; gives the selected step."""
         best = self._selection.best
         selected = int(best["step"]) if best is not None else self._step
         if selected != self._step:
@@ -192,6 +192,11 @@ class Run:
             for item in self._tracked.values():
                 item.load(folder)
             self.say(f"selected step {selected}: {self._selection.rule()}")
+        return selected
+
+    def finish(self, *, model: str | None = "model", adapter: str | None = None) -> dict[str, Any]:
+        """Select as `select` does, then write result.json and give its content: the run is done and its files whole."""
+        selected = self.select()
         result = {
             "status": "stopped" if self._stop else "complete",
             "reason": self._stop or f"all {self._step} steps done",

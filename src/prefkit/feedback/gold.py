@@ -42,14 +42,10 @@ class GoldSentiment:
         """P(fresh) of each text, in [0, 1]. An empty text says nothing and gets what no known word gives."""
         if not texts:
             return []
-        return [
-            float(row[1]) for row in self._classifier.predict_proba(self._features.transform(list(texts)))
-        ]
+        return [float(row[1]) for row in self._classifier.predict_proba(self._features.transform(list(texts)))]
 
 
-def held_out(
-    texts: Sequence[str], labels: Sequence[int], groups: Sequence[str], *, folds: int = 5
-) -> HeldOut:
+def held_out(texts: Sequence[str], labels: Sequence[int], groups: Sequence[str], *, folds: int = 5) -> HeldOut:
     """Accuracy on one fold of groups (films) by a classifier fitted on the others."""
     from sklearn.model_selection import GroupKFold
 
@@ -57,9 +53,7 @@ def held_out(
     fit, rest = ([int(i) for i in part] for part in next(splits))
     judge = GoldSentiment([texts[i] for i in fit], [labels[i] for i in fit])
     truth = [labels[i] for i in rest]
-    right = [
-        (p >= 0.5) == bool(label) for p, label in zip(judge([texts[i] for i in rest]), truth, strict=True)
-    ]
+    right = [(p >= 0.5) == bool(label) for p, label in zip(judge([texts[i] for i in rest]), truth, strict=True)]
     share = sum(truth) / len(truth)
     return HeldOut(
         accuracy=sum(right) / len(right),

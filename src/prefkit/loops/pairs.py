@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.domains.text.batches import micro_batches, step_batches
-from prefkit.domains.text.cache import Key, reference_table, tokens_fingerprint, weights_fingerprint
+from prefkit.domains.text.cache import Key, reference_table, tokens_fingerprint
 from prefkit.domains.text.datasets import TextData
+from prefkit.domains.text.generators import sampler_for
 from prefkit.domains.text.metrics import (
     PairEvaluation,
     SampleEvaluation,
@@ -21,8 +22,8 @@ from prefkit.domains.text.metrics import (
     summarize_samples,
 )
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.generators import sampler_for
 from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
+from prefkit.domains.text.scoring import causal_lm
 from prefkit.engine import limits
 from prefkit.engine.run import Run
 from prefkit.engine.seeds import number
@@ -229,14 +230,14 @@ class PairTask:
 def cached_reference(policy: TextPolicy, pairs: Sequence[Pair], path: Path, *, batch_size: int, say: Any) -> Tensor:
     """(rows, 2) reference log-probs of the training pairs, from the run's cache or computed now."""
     groups = [pair.group for pair in pairs]
-    with policy.reference.active() as module:
-        key: Key = {
-            "model": weights_fingerprint(module),
-            "reference": policy.reference.name,
-            "data, tokenizer or template": tokens_fingerprint(groups),
-            "dtype": str(policy.dtype),
-            "batch size": str(batch_size),
-        }
+    key: Key = {
+        "model": policy.fingerprint,
+        "reference": policy.reference.name,
+        "data, tokenizer or template": tokens_fingerprint(groups),
+        "attention": str(causal_lm(policy.model).config._attn_implementation),
+        "dtype": str(policy.dtype),
+        "batch size": str(batch_size),
+    }
     return reference_table(
         path,
         groups,
@@ -244,7 +245,7 @@ def cached_reference(policy: TextPolicy, pairs: Sequence[Pair], path: Path, *, b
         score=policy.reference_log_probs,
         batch_size=batch_size,
         say=say,
-        write=policy.world.is_main,
+        world=policy.world,
     )
 
 
@@ -265,9 +266,11 @@ def pair_task(
 ) -> PairTask:
     """Load the policy and its reference, and join them with the data and the objective."""
     policy = TextPolicy.create(config, run.world, model=model, tokenizer=data.tokenizer)
+    run.fingerprint(model=policy.fingerprint)
     run.say(f"policy {policy.describe()}; the reference is {policy.reference.name}")
     reference = None
-    if config.precompute_ref_log_probs:
+    # With an offline KL the reference's whole distributions are needed, which no cache holds.
+    if config.precompute_ref_log_probs and not config.offline_kl_weight:
         path = run.directory / "reference.safetensors"
         micro = config.per_device_train_batch_size
         reference = cached_reference(policy, data.train, path, batch_size=micro, say=run.say)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.domains.text.batches import micro_batches
-from prefkit.domains.text.metrics import group_of, in_order, spread, summarize_pairs
-from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.metrics import in_order, spread, summarize_pairs
+from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.reward import RewardModel
 from prefkit.protocols import Metrics, Trackable
 from prefkit.records import HeldOut, Pair
@@ -78,7 +78,7 @@ class RewardTask:
                     {
                         "index": i,
                         "row": source.row,
-                        "group": group_of(source.extra, source.row),
+                        "group": group_of(source),
                         "prompt": plain(source.prompt),
                         "reward_chosen": chosen,
                         "reward_rejected": rejected,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.domains.text.batches import micro_batches
-from prefkit.domains.text.metrics import SampleEvaluation, group_of, in_order, spread, summarize_samples
+from prefkit.domains.text.metrics import SampleEvaluation, in_order, spread, summarize_samples
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.sampler import Decoding, Sampler
 from prefkit.engine.seeds import number
 from prefkit.protocols import Gold, Metrics, Trackable
@@ -73,7 +73,7 @@ class SupervisedTask:
                     {
                         "index": i,
                         "row": source.row,
-                        "group": group_of(source.extra, source.row),
+                        "group": group_of(source),
                         "prompt": plain(source.prompt),
                         "nll": -log_prob / tokens,
                         "tokens": tokens,

@@ -1,6 +1,6 @@
 """One training run from prepared data to a finished run directory. It knows no model and no domain.
 
-    check data -> open the run -> measure the start model -> steps -> select -> measure -> write -> report
+check data -> open the run -> measure the start model -> steps -> select -> measure -> write -> report
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ INTERVALS = {
     "margin": "eval_rewards/margins",
     "accuracy": "eval_rewards/accuracies",
     "nll": "eval_loss",
+    "reward_chosen": "eval_rewards/chosen",
+    "reward_rejected": "eval_rewards/rejected",
     "log_ratio": "eval_objective/kl",
+    "length": "eval_completions/mean_length",
+    "finished": "eval_val/contain_eos_token",
     "gold": "eval_gold",
     "reward_model": "eval_objective/scores",
 }
@@ -104,15 +108,14 @@ def train(run: Run, task: Task, data: Prepared) -> HeldOut:
         run.log(learner.update(task.batches(step, rows, first), task.compute, weight=task.weight))
         if config.eval_steps and run.due(config.eval_steps):
             run.evaluated(task.evaluate(selecting=selecting).metrics)
-    run.finish()
+    run.select()
     task.finish()
     run.say("measuring the trained model")
     final = task.evaluate()
     saved = task.save_final(run.directory)
     if world.is_main:
         _write(run, start, final)
-        result = read_json(run.directory / "result.json")
-        write_json(run.directory / "result.json", {**result, **saved})
+    run.finish(**saved)
     return final
 
 

@@ -70,7 +70,9 @@ PRESETS = {
 }
 
 
-def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None) -> Result:
+def run(
+    config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None
+) -> Result:
     """Train by DPO. `model`, `tokenizer`, `train`, `evaluation` take loaded objects in place of names.
 
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.

@@ -109,7 +109,7 @@ PRESETS = {
         max_length=565,
         max_new_tokens=53,
     ),
-    # Not verified: the paper's chat settings were not found; these follow the same lab's chat set-up, kl_weight is ours.
+    # Not verified: the paper's chat settings were not found; these follow the same lab's, kl_weight is ours.
     "chat": Config(
         beta=0.1,
         kl_weight=1e-4,
@@ -124,7 +124,9 @@ PRESETS = {
 }
 
 
-def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None) -> Result:
+def run(
+    config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None
+) -> Result:
     """Train by HyPO. `model`, `tokenizer`, `train`, `evaluation` take loaded objects in place of names.
 
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.

@@ -50,7 +50,9 @@ PRESETS = {
 }
 
 
-def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None) -> Result:
+def run(
+    config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None
+) -> Result:
     """Fit a reward model. `model` (a causal LM), `tokenizer`, `train`, `evaluation` take loaded objects.
 
     Returns the run directory, held-out accuracy and margin, and the model. Raises InputError for unusable input.
@@ -65,6 +67,7 @@ def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any 
 
     def task(run: Run) -> RewardTask:
         reward = RewardModel.create(config, run.world, model=model, tokenizer=data.tokenizer)
+        run.fingerprint(model=reward.fingerprint)
         return RewardTask(reward=reward, pairs=data.train, test=data.test, selection=data.selection, config=config)
 
     return run_task(config, "reward", data, task)

@@ -12,8 +12,8 @@ from typing import Any
 
 from prefkit.domains.text.config import Data, Lora, Model, Sampling
 from prefkit.domains.text.datasets import prepare_completions
-from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.generators import sampler_for
+from prefkit.domains.text.policy import TextPolicy
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.run import Run
 from prefkit.loops.judging import judges
@@ -52,7 +52,9 @@ PRESETS = {
 }
 
 
-def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None) -> Result:
+def run(
+    config: Config, *, model: Any = None, tokenizer: Any = None, train: Any = None, evaluation: Any = None
+) -> Result:
     """Train by SFT. `model`, `tokenizer`, `train`, `evaluation` take loaded objects in place of names.
 
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.
@@ -61,6 +63,7 @@ def run(config: Config, *, model: Any = None, tokenizer: Any = None, train: Any 
 
     def task(run: Run) -> SupervisedTask:
         policy = TextPolicy.create(config, run.world, model=model, tokenizer=data.tokenizer, copy_reference=False)
+        run.fingerprint(model=policy.fingerprint)
         run.say(f"policy {policy.describe()}")
         return SupervisedTask(
             policy=policy,

@@ -40,9 +40,7 @@ BIASED = {
 }
 
 
-def reverse_kl(
-    own: Tensor, ref_own: Tensor, *, estimator: str = "rloo", state_kl: Tensor | None = None
-) -> Tensor:
+def reverse_kl(own: Tensor, ref_own: Tensor, *, estimator: str = "rloo", state_kl: Tensor | None = None) -> Tensor:
     """Surrogate (b,) to minimise; its gradient is an unbiased estimate of ∇ KL(π‖π_ref) for each prompt.
 
     Args:
@@ -88,9 +86,7 @@ def leave_one_out(values: Tensor) -> Tensor:
     """
     k = values.shape[-1]
     if k < 2:
-        raise ValueError(
-            f"rloo leaves one out: it needs 2 or more samples per prompt, got {k}; or take 'reinforce'"
-        )
+        raise ValueError(f"rloo leaves one out: it needs 2 or more samples per prompt, got {k}; or take 'reinforce'")
     return (values - values.mean(-1, keepdim=True)) * (k / (k - 1))
 
 

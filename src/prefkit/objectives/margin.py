@@ -99,9 +99,7 @@ def pairwise(gap: Tensor, *, kind: Kind, beta: float, label_smoothing: float = 0
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing, the chance of a wrong label, lies in [0, 0.5); got {label_smoothing}"
-        )
+        raise ValueError(f"label_smoothing, the chance of a wrong label, lies in [0, 0.5); got {label_smoothing}")
     if label_smoothing and not isinstance(kind, Logistic):
         raise ValueError(
             f"label_smoothing needs Logistic(), got {kind}: a smoothed label is a probability, and only the "

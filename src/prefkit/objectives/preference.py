@@ -142,9 +142,7 @@ def offline_kl_loss(
         chosen, rejected, ref_chosen, ref_rejected, beta=beta, kind=kind, label_smoothing=label_smoothing
     )
     if state_kl.dim() not in (2, 3) or state_kl.shape[:2] != (len(offline), 2):
-        raise ValueError(
-            f"state_kl must be (b, 2) or (b, 2, t), b = {len(offline)}; got {tuple(state_kl.shape)}"
-        )
+        raise ValueError(f"state_kl must be (b, 2) or (b, 2, t), b = {len(offline)}; got {tuple(state_kl.shape)}")
     per_answer = state_kl.sum(-1) if state_kl.dim() == 3 else state_kl
     return offline + kl_weight * per_answer.mean(-1)
 

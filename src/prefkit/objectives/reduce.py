@@ -16,9 +16,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     tensor([-0.6931, -0.3133])
     """
     if logits.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} need one row for each of tokens {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"logits {tuple(logits.shape)} need one row for each of tokens {tuple(tokens.shape)}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
 

@@ -15,9 +15,7 @@ GOOD, BAD = ["wonderful", "moving", "fresh", "warm"], ["dull", "tired", "clumsy"
 def sentences(count: int) -> tuple[list[str], list[int], list[str]]:
     rng = random.Random(0)
     labels = [i % 2 for i in range(count)]
-    texts = [
-        f"a {rng.choice(GOOD if label else BAD)} film about {rng.choice('abcd')} things" for label in labels
-    ]
+    texts = [f"a {rng.choice(GOOD if label else BAD)} film about {rng.choice('abcd')} things" for label in labels]
     return texts, labels, [f"film {i % 13}" for i in range(count)]
 
 
@@ -53,8 +51,6 @@ def test_it_tells_real_reviews_apart() -> None:
     found = review_pairs(0)
     sample = random.Random(0).sample(range(len(found.gold_texts)), 2000)
     judge = gold.GoldSentiment([found.gold_texts[i] for i in sample], [found.gold_labels[i] for i in sample])
-    chosen, rejected = (
-        judge([row[side][0]["content"] for row in found.evaluation]) for side in ("chosen", "rejected")
-    )
+    chosen, rejected = (judge([row[side][0]["content"] for row in found.evaluation]) for side in ("chosen", "rejected"))
     right = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(chosen)
     assert right > 0.65

@@ -21,9 +21,7 @@ class Tree:
 
     def __init__(self) -> None:
         answers = _answers()
-        states = sorted(
-            {a[:t] for a in answers for t in range(len(a))}, key=lambda state: (len(state), state)
-        )
+        states = sorted({a[:t] for a in answers for t in range(len(a))}, key=lambda state: (len(state), state))
         row = {state: i for i, state in enumerate(states)}
 
         def pad(values: list[int]) -> list[int]:

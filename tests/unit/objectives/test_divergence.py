@@ -73,10 +73,7 @@ def test_order_of_samples_and_prompts_does_not_matter(estimator):
 @pytest.mark.parametrize("estimator", ["rtg", "rb"])
 def test_padding_changes_nothing(estimator, side):
     own, ref, kl = random_tokens()
-    wide = [
-        torch.cat([x, torch.zeros(2, 3, 2)] if side else [torch.zeros(2, 3, 2), x], -1)
-        for x in (own, ref, kl)
-    ]
+    wide = [torch.cat([x, torch.zeros(2, 3, 2)] if side else [torch.zeros(2, 3, 2), x], -1) for x in (own, ref, kl)]
     extra, wide_extra = (kl, wide[2]) if estimator == "rb" else (None, None)
     torch.testing.assert_close(
         reverse_kl(wide[0], wide[1], estimator=estimator, state_kl=wide_extra),
@@ -99,9 +96,7 @@ def test_estimates_carry_no_gradient():
 
 def test_no_gradient_enters_the_reference():
     ref = REF.clone().requires_grad_()
-    assert torch.autograd.grad(
-        reverse_kl(OWN.clone().requires_grad_(), ref).sum(), ref, allow_unused=True
-    ) == (None,)
+    assert torch.autograd.grad(reverse_kl(OWN.clone().requires_grad_(), ref).sum(), ref, allow_unused=True) == (None,)
 
 
 def test_state_kl():

@@ -74,9 +74,7 @@ def test_gradcheck_smoothed_and_rewards():
     gap = torch.tensor([-7.0, 0.2, 4.0], dtype=torch.float64, requires_grad=True)
     smoothed = lambda gap: pairwise(gap, kind=Logistic(), beta=0.3, label_smoothing=0.2)  # noqa: E731
     assert torch.autograd.gradcheck(smoothed, gap)
-    assert torch.autograd.gradcheck(
-        lambda a, b: bradley_terry(a, b, 0.5), (gap, gap.detach().flip(0).requires_grad_())
-    )
+    assert torch.autograd.gradcheck(lambda a, b: bradley_terry(a, b, 0.5), (gap, gap.detach().flip(0).requires_grad_()))
 
 
 def test_extreme_margins_stay_finite():
@@ -92,9 +90,7 @@ def test_bradley_terry_margin():
     torch.testing.assert_close(bradley_terry(chosen, rejected), logistic(chosen - rejected))
     torch.testing.assert_close(bradley_terry(chosen, rejected, 1.0), bradley_terry(chosen - 1, rejected))
     per_pair = bradley_terry(chosen, rejected, torch.tensor([0.0, 2.0]))
-    assert (
-        per_pair[0] == bradley_terry(chosen, rejected)[0] and per_pair[1] > bradley_terry(chosen, rejected)[1]
-    )
+    assert per_pair[0] == bradley_terry(chosen, rejected)[0] and per_pair[1] > bradley_terry(chosen, rejected)[1]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,7 @@ from prefkit.objectives.preference import dpo_loss
 REFERENCE = torch.tensor([0.3, 0.3, 0.25, 0.15], dtype=torch.float64).log()
 
 
-def population_loss(
-    log_p: Tensor, log_ref: Tensor, pairs: list[tuple[int, int, float]], beta: float
-) -> Tensor:
+def population_loss(log_p: Tensor, log_ref: Tensor, pairs: list[tuple[int, int, float]], beta: float) -> Tensor:
     """DPO over (first, second, probability that first is preferred)."""
     first, second = (torch.tensor(column) for column in list(zip(*pairs, strict=True))[:2])
     prob = torch.tensor([pair[2] for pair in pairs], dtype=torch.float64)
@@ -156,9 +154,7 @@ def test_t1_the_kl_picks_one_of_those_policies(eps):
     for _ in range(60):
         log_q = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
         q = log_q.exp()
-        kl = state_kl(
-            torch.stack([1 + torch.log1p(-q), torch.log1p(-q), log_q + math.log1p(math.e)]), log_ref
-        )
+        kl = state_kl(torch.stack([1 + torch.log1p(-q), torch.log1p(-q), log_q + math.log1p(math.e)]), log_ref)
         (slope,) = torch.autograd.grad(kl, log_q)
         low, high = (low, log_q.item()) if slope > 0 else (log_q.item(), high)
     assert low - math.log(eps) == pytest.approx(kl.item(), abs=1e-6)
@@ -183,9 +179,7 @@ def test_t1_bounded_rewards_bound_the_kl_of_rlhf(eps, beta):
 
 
 # T2: tabular DPO from the reference can raise the mass of answers in no pair.
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "unseen", "peak"), [(0.05, 0.75, 0.2, 0.3405), (0.2, 0.6, 0.2, 0.2240)]
-)
+@pytest.mark.parametrize(("chosen", "rejected", "unseen", "peak"), [(0.05, 0.75, 0.2, 0.3405), (0.2, 0.6, 0.2, 0.2240)])
 def test_t2_unseen_mass_rises_when_the_rejected_answer_is_likelier(chosen, rejected, unseen, peak):
     path = unseen_mass_under_dpo(chosen, rejected, unseen)
     assert path.max().item() == pytest.approx(peak, abs=1e-4)
@@ -232,16 +226,12 @@ def test_t3_dpo_extrapolates_with_shared_features():
     """Only y2 > y3 is seen: unseen y1 rises and y2, the preferred answer, falls from the first step."""
     log_ref = torch.full((3,), 1 / 3, dtype=torch.float64).log()
     start = torch.ones(2, dtype=torch.float64)
-    path = descend(
-        lambda theta: (FEATURES @ theta).log_softmax(-1), start, log_ref, pair=(1, 2), steps=1000, rate=0.2
-    )
+    path = descend(lambda theta: (FEATURES @ theta).log_softmax(-1), start, log_ref, pair=(1, 2), steps=1000, rate=0.2)
     step = path.diff(dim=0)
     assert (step[:, 0] > 0).all() and (step[:, 1] < 0).all() and (step[:, 2] < 0).all()
     for point in PATH:
         after = int((path[:, 0] > point[0]).nonzero()[0])
-        between = torch.lerp(
-            path[after - 1], path[after], (point[0] - path[after - 1, 0]) / step[after - 1, 0]
-        )
+        between = torch.lerp(path[after - 1], path[after], (point[0] - path[after - 1, 0]) / step[after - 1, 0])
         torch.testing.assert_close(between, torch.tensor(point, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
@@ -296,9 +286,7 @@ def test_t4_under_partial_coverage_dpo_has_many_optima_and_hypo_one(num_arms):
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
     assert gap_to_best(near, beta) < 0.4 and gap_to_best(far, beta) > 1.7
 
-    first, second = (
-        hypo_optimum(pairs, beta=beta, kl_weight=1e-2, log_ref=SIX, start=s) for s in (SIX, astray)
-    )
+    first, second = (hypo_optimum(pairs, beta=beta, kl_weight=1e-2, log_ref=SIX, start=s) for s in (SIX, astray))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     assert gap_to_best(first, beta) < 0.42
 

@@ -87,16 +87,16 @@ def test_more_rows_are_computed_again(tmp_path: Path) -> None:
     path, made = tmp_path / "table", policy()
     scorer, groups = Calls(made), [pair.group for pair in pairs()]
     key = {"model": "a"}
-    reference_table(path, groups[:4], key, score=scorer, batch_size=4, say=print, write=True)
-    table = reference_table(path, groups, key, score=scorer, batch_size=4, say=print, write=True)
+    reference_table(path, groups[:4], key, score=scorer, batch_size=4, say=print, world=World.start())
+    table = reference_table(path, groups, key, score=scorer, batch_size=4, say=print, world=World.start())
     assert scorer.sizes == [4, 4, 3] and len(table) == 7
-    reference_table(path, groups, key, score=scorer, batch_size=4, say=print, write=True)
+    reference_table(path, groups, key, score=scorer, batch_size=4, say=print, world=World.start())
     assert scorer.sizes == [4, 4, 3]
 
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:
     groups = [pair.group for pair in pairs()]
-    reference_table(tmp_path / "table", groups, {}, score=Calls(policy()), batch_size=4, say=print, write=False)
+    reference_table(tmp_path / "table", groups, {}, score=Calls(policy()), batch_size=4, say=print, world=World.start())
     assert not list(tmp_path.iterdir())
 
 

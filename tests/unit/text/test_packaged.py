@@ -61,10 +61,7 @@ def test_a_damaged_or_old_cache_is_made_anew(
     }[harm]()
     capsys.readouterr()
     assert packaged.model_folder(MODEL) == folder
-    assert (
-        f"the cached {MODEL} is {'old' if harm in ('source', 'form') else 'damaged'}"
-        in capsys.readouterr().err
-    )
+    assert f"the cached {MODEL} is {'old' if harm in ('source', 'form') else 'damaged'}" in capsys.readouterr().err
     assert weights.read_bytes() == b"0123456789"
     assert len(conversions) == 2
 
@@ -125,9 +122,7 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check(found: packaged.Reviews) -> None:
     rows = found.train + found.evaluation
-    films = [{row["group"] for row in part} for part in (found.train, found.evaluation)] + [
-        set(found.gold_films)
-    ]
+    films = [{row["group"] for row in part} for part in (found.train, found.evaluation)] + [set(found.gold_films)]
     for i, one in enumerate(films):
         assert one and not any(one & other for other in films[i + 1 :]), "the parts share a film"
     texts = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")] + found.gold_texts
@@ -153,9 +148,7 @@ def test_pairs_by_film(reviews: Path) -> None:
     assert packaged.review_pairs(0) == found
     other = packaged.review_pairs(1)
     assert other.train != found.train
-    assert (other.evaluation, other.gold_texts) == (found.evaluation, found.gold_texts), (
-        "the seed moves no film"
-    )
+    assert (other.evaluation, other.gold_texts) == (found.evaluation, found.gold_texts), "the seed moves no film"
 
 
 def test_dataset_has_train_and_test(reviews: Path) -> None:

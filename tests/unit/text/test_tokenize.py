@@ -246,6 +246,34 @@ def test_empty_prompts() -> None:
     assert len(row.prompt) == 1
 
 
+def test_an_empty_prompt_before_text_that_spells_out_bos() -> None:
+    tokenizer = sentencepiece()
+    bos = tokenizer.bos_token_id
+    plain = tokenize_completion(tokenizer, Completion(prompt="", completion="The sky"), max_length=50)
+    spelled = tokenize_completion(tokenizer, Completion(prompt="", completion="<s>The sky"), max_length=50)
+    assert plain.prompt == spelled.prompt == [bos]
+    assert list(spelled.completion).count(bos) == 0 and text(tokenizer, spelled.completion[:-1]).strip() == "The sky"
+    made = pair(tokenizer, strings("", "<s>blue", "green"))
+    assert made.prompt == [bos] and bos not in [*made.chosen, *made.rejected]
+
+
+def test_text_rows_may_hold_several_turns() -> None:
+    tokenizer = chatml()
+    eos = tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert isinstance(whole, str)
+    row = tokenize_completion(tokenizer, Completion(prompt="", completion=whole), max_length=200)
+    assert text(tokenizer, row.prompt, row.completion) == whole.rstrip("\n")
+    assert list(row.completion).count(eos) == 4
+    unclosed = tokenize_completion(tokenizer, Completion(prompt="", completion=whole + "more"), max_length=200)
+    assert list(unclosed.completion).count(eos) == 5 and unclosed.completion[-1] == eos
+    with pytest.raises(InputError, match="twice at its end"):
+        tokenize_completion(tokenizer, Completion(prompt="", completion="a<|im_end|><|im_end|>"), max_length=200)
+    with pytest.raises(InputError, match="stands inside"):
+        tokenize_completion(tokenizer, Completion(prompt="a", completion=whole), max_length=200)
+
+
 def test_no_end_of_sequence_token() -> None:
     tokenizer = byte_bpe()
     tokenizer.eos_token = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.engine import files
+from prefkit.engine.world import World
 from prefkit.errors import InputError
 from prefkit.records import Group
 
@@ -23,13 +24,11 @@ Key = dict[str, str]
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """sha256 over name, shape and up to 4,096 evenly spaced values of every tensor."""
+    """sha256 over the name, shape, dtype and bytes of every tensor; take it before the module is sharded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 4096)][:4096]
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -49,25 +48,35 @@ def reference_table(
     score: Callable[[Sequence[Group]], Tensor],
     batch_size: int,
     say: Callable[[str], None],
-    write: bool,
+    world: World,
 ) -> Tensor:
     """(rows, K) reference log-probs of all groups, from `path` if it was computed under `key`, else computed now.
 
     Rows are scored in order, `batch_size` at a time: scoring the same rows in the same batch live gives the same bits.
-    Raises InputError for a damaged file.
+    The main process alone reads and writes the file, so that all agree. Raises InputError for a damaged file.
     """
-    if path.exists():
-        stored, table = _read(path)
-        changed = sorted(name for name in key if stored.get(name) != key[name])
-        if not changed and len(table) == len(groups):
-            say(f"reference log-probs read from {path}")
-            return table
-        say(f"reference log-probs in {path} were computed for another {', '.join(changed) or 'number of rows'}; again")
+    found, line = world.on_main(lambda: _stored(path, key, len(groups)))
+    if line:
+        say(line)
+    if found is not None:
+        return found
     pieces = [score(groups[i : i + batch_size]).cpu() for i in range(0, len(groups), batch_size)]
     table = torch.cat(pieces)
-    if write:
+    if world.is_main:
         _write(path, table, key)
     return table
+
+
+def _stored(path: Path, key: Key, num_rows: int) -> tuple[Tensor | None, str]:
+    """The table on disk if it fits, and a line that says what was found."""
+    if not path.exists():
+        return None, ""
+    stored, table = _read(path)
+    changed = sorted(name for name in key if stored.get(name) != key[name])
+    if not changed and len(table) == num_rows:
+        return table, f"reference log-probs read from {path}"
+    what = ", ".join(changed) or "number of rows"
+    return None, f"reference log-probs in {path} were computed for another {what}; again"
 
 
 def _read(path: Path) -> tuple[Key, Tensor]:

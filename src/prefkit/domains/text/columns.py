@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,15 +72,21 @@ def read_prompts(name: Any, *, split: str = "", config: str = "") -> list[Prompt
     """
     if isinstance(name, (str, Path)) and str(name).endswith(".txt") and Path(name).is_file():
         lines = Path(name).read_text(encoding="utf-8").splitlines()
-        prompts = [Prompt(prompt=line, row=row) for row, line in enumerate(lines) if line.strip()]
+        prompts = [
+            Prompt(prompt=line, row=row, where=f"{name} line {row + 1}")
+            for row, line in enumerate(lines)
+            if line.strip()
+        ]
         if not prompts:
             raise InputError("is empty", where=str(name), mend="write one prompt per line")
         return prompts
     source = load(name, split=split, config=config, what="prompts")
     columns = _columns(source)
     if "prompt" not in columns and "messages" not in columns and {"chosen", "rejected"} <= columns:
-        return [Prompt(prompt=row.prompt, row=row.row, extra=row.extra) for row in read_preferences(source)]
-    return _strict(_parse(source, _prompt))
+        prompts = [Prompt(prompt=row.prompt, row=row.row, extra=row.extra) for row in read_preferences(source)]
+    else:
+        prompts = _strict(_parse(source, _prompt))
+    return [replace(prompt, where=source.path_of_row(prompt.row)) for prompt in prompts]
 
 
 def is_preference(source: Source) -> bool:

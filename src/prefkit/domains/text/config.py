@@ -81,6 +81,6 @@ class Sampling:
     generator: Literal["transformers", "vllm"] = "transformers"
     """engine that samples; vllm is an extra"""
     gold_reward: str = ""
-    """judge of own samples in evaluation: module:function (prompts, completions -> numbers), or a packaged gold reward"""
+    """judge of own samples in evaluation: module:function (prompts, completions -> numbers), or a packaged one"""
     reward_model: str = ""
     """reward model (folder or Hub id) that scores own samples in evaluation"""

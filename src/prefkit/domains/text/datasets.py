@@ -15,7 +15,7 @@ from prefkit.domains.text.columns import parse_completions, parse_preferences, r
 from prefkit.domains.text.files import Source
 from prefkit.domains.text.load import evaluation_split, load, splits
 from prefkit.domains.text.packaged import dataset as packaged_dataset
-from prefkit.domains.text.prompts import plain
+from prefkit.domains.text.prompts import group_of
 from prefkit.domains.text.tokenize import tokenize_prompts
 from prefkit.engine import limits
 from prefkit.errors import InputError
@@ -59,9 +59,13 @@ class TextData(Generic[R]):
 
     def describe(self) -> Sequence[str]:
         parts = {"train": self.train, "held out": [*self.test, *self.selection]}
-        lines = [_described(name, report, len(rows)) for (name, rows), report in zip(parts.items(), self.checks.values(), strict=True)]
+        lines = [
+            _described(name, report, len(rows))
+            for (name, rows), report in zip(parts.items(), self.checks.values(), strict=True)
+        ]
         if self.selection:
-            lines.append(f"held-out rows that choose checkpoints: {len(self.selection)}; that are reported: {len(self.test)}")
+            chooses, reported = len(self.selection), len(self.test)
+            lines.append(f"held-out rows that choose checkpoints: {chooses}; that are reported: {reported}")
         for report in self.checks.values():
             lines += [f"{p.level}: {p.where}: {p.what}" for p in report.problems[:SHOWN]]
             if len(report.problems) > SHOWN:
@@ -159,7 +163,9 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
         "long_prompts": config.long_prompts,
     }
     checks = {
-        "train": check(rows, evaluation=held_rows, where=source.path_of_row, problems=problems, name=source.name, **settings),
+        "train": check(
+            rows, evaluation=held_rows, where=source.path_of_row, problems=problems, name=source.name, **settings
+        ),
         "evaluation": check(held_rows, where=held_where, problems=held_problems, name=held_name, **settings),
     }
     for report in checks.values():
@@ -223,7 +229,7 @@ def _train_split(config: Any, name: Any) -> str:
 
 def _hold_out(rows: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
     try:
-        return hold_out(rows, _cluster, seed=seed)
+        return hold_out(rows, group_of, seed=seed)
     except ValueError as error:
         raise InputError(
             f"no held-out rows can be made: {error}", where="--eval_dataset", mend="give held-out data of your own"
@@ -236,7 +242,7 @@ def _select(config: Any, examples: list[Any]) -> tuple[list[Any], list[Any]]:
         test, selection = examples, []
     else:
         try:
-            test, selection = hold_out(examples, lambda row: _cluster(row.source), share=0.5, seed=config.seed)
+            test, selection = hold_out(examples, lambda row: group_of(row.source), share=0.5, seed=config.seed)
         except ValueError as error:
             raise InputError(
                 "held-out data with a single prompt cannot both choose a checkpoint and test it",
@@ -245,8 +251,3 @@ def _select(config: Any, examples: list[Any]) -> tuple[list[Any], list[Any]]:
             ) from error
     limit = config.num_eval_samples
     return (test[:limit], selection[:limit]) if limit else (test, selection)
-
-
-def _cluster(row: Any) -> str:
-    """What must not stand on both sides of a split: the row's group, else its prompt."""
-    return str(row.extra["group"]) if "group" in row.extra else plain(row.prompt)

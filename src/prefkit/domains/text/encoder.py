@@ -92,16 +92,21 @@ class Encoder:
         apart = False
         for field, full, text in zip(_fields(row), whole, texts[1:], strict=True):
             beside = not _begins(full, bare)
-            answer = self._apart(bare, texts[0], text, ids) if beside else full[len(bare) :]
+            answer = self._apart(bare, texts[0], text, ids) if beside else full[self._border(bare, full, chat) :]
             if answer is None:
                 return _straddles(field)
             apart |= beside
-            ended = self._ended(answer, turns=1 if not chat else len(getattr(row, field)))
+            ended = self._ended(answer, turns=_turns(row, field))
             if ended is None:
                 return _stop_inside(field)
             answers.append(ended[:room])
             truncated.append(len(ended) > room)
         return Encoded(prompt, tuple(answers), tuple(truncated), apart)
+
+    def _border(self, bare: Ids, full: Ids, chat: bool) -> int:
+        """Where the answer begins in the full ids: behind the prompt, which may be no more than the front tokens."""
+        spelled_out = not bare and not chat and _begins(full, self.front)
+        return len(self.front) if spelled_out else len(bare)
 
     def _encode_answers(self, rendered: Iterable[list[str] | Problem], ids: dict[str, Ids]) -> None:
         """Add ids of the answers to be encoded apart from their prompts: alone and behind a line break."""
@@ -130,12 +135,19 @@ class Encoder:
                 return candidate
         return None
 
-    def _ended(self, answer: Ids, *, turns: int) -> Ids | None:
-        """The answer closed by one stop token; None if a stop token stands inside it."""
+    def _ended(self, answer: Ids, *, turns: int | None) -> Ids | None:
+        """The answer closed by one stop token; None if a stop token stands inside it, or twice at its end.
+
+        `turns`: how many stop tokens it may have; None for any number, as in text that holds a whole conversation.
+        """
         stops = [place for place, token in enumerate(answer) if token in self.stops]
         behind = answer[stops[-1] + 1 :] if stops else answer
         closed = bool(stops) and (not behind or not self.decode(behind).strip())
-        if len(stops) > turns or (len(stops) == turns and not closed):
+        if turns is None:
+            twice = len(stops) > 1 and answer[stops[-1]] == answer[stops[-1] - 1]
+            if closed and twice:
+                return None
+        elif len(stops) > turns or (len(stops) == turns and not closed):
             return None
         if closed:
             return answer[: stops[-1] + 1] if self.settings.append_eos else answer[: stops[-1]]
@@ -158,6 +170,14 @@ def _answers(row: Preference | Completion) -> tuple[Text, ...]:
 
 def _fields(row: Preference | Completion) -> tuple[str, ...]:
     return ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
+
+
+def _turns(row: Preference | Completion, field: str) -> int | None:
+    """Stop tokens an answer may have: one a message; any number in a `text` row, which may hold many turns."""
+    answer: Text = getattr(row, field)
+    if not isinstance(answer, str):
+        return len(answer)
+    return None if isinstance(row, Completion) and not row.prompt else 1
 
 
 def _begins(full: Ids, prompt: Ids) -> bool:

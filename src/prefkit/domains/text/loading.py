@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,13 @@ from prefkit.domains.text import quantised
 from prefkit.domains.text.config import Lora, Model
 from prefkit.domains.text.packaged import model_folder
 from prefkit.engine.seeds import number
+from prefkit.engine.world import World
 from prefkit.errors import InputError
 
 ADAPTER = "adapter_config.json"
 """the file that makes a folder a peft adapter"""
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""OWNER/NAME, or a bare NAME as the oldest models on the Hub have"""
 HEADS = ("score", "classifier")
 """the heads of reward models, which a causal LM's folder has not"""
 
@@ -30,7 +34,7 @@ def resolve(name: str) -> str:
         raise InputError("no model given", where="--model_name_or_path", mend="name a folder or a Hub id")
     if name in assets.ASSETS and not Path(name).exists():
         return str(model_folder(name))
-    path = Path(name)
+    path = Path(name).expanduser()
     if (path / "config.json").is_file() and (path / "metrics.jsonl").is_file():
         return _final_model(path)
     if path.is_dir():
@@ -40,8 +44,8 @@ def resolve(name: str) -> str:
                 where="--model_name_or_path",
                 mend="give the folder that `save_pretrained` wrote",
             )
-        return name
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        return str(path)
+    if not HUB_ID.fullmatch(name):
         raise InputError(
             f"there is no model folder {name}",
             where="--model_name_or_path",
@@ -52,7 +56,7 @@ def resolve(name: str) -> str:
 
 def _final_model(run: Path) -> str:
     final = run / "model"
-    if (final / "config.json").is_file():
+    if (final / "config.json").is_file() and (run / "result.json").is_file():
         return str(final)
     if (run / "result.json").is_file() and (run / "adapter" / ADAPTER).is_file():
         raise InputError(
@@ -107,13 +111,19 @@ def context(options: Model, model: Any = None) -> int:
     """
     from transformers import AutoConfig
 
-    source = "" if model is not None else resolve(options.model_name_or_path)
+    if model is not None:
+        return _positions(model.config)
+    source = resolve(options.model_name_or_path)
     try:
-        config: Any = AutoConfig.from_pretrained(source, revision=options.model_revision) if source else model.config
+        config = AutoConfig.from_pretrained(source, revision=options.model_revision)
     except (OSError, ValueError) as error:
         raise InputError(
             f"the config of {source} cannot be read: {_first_line(error)}", where="--model_name_or_path"
         ) from error
+    return _positions(config)
+
+
+def _positions(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
 
 
@@ -174,14 +184,13 @@ def load_model(options: Model, lora: Lora, source: str, dtype: torch.dtype, *, k
     return model
 
 
-def add_adapter(
-    model: Any, options: Model, lora: Lora, *, seed: int, modules_to_save: list[str] | None = None
-) -> Any:
+def add_adapter(model: Any, options: Model, lora: Lora, *, seed: int, modules_to_save: list[str] | None = None) -> Any:
     """Put a fresh LoRA adapter on the model (its weights depend on `seed`), or load the one training starts from."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if options.adapter_name_or_path:
         folder = adapter_folder(options.adapter_name_or_path)
+        _same_adapter(folder, lora)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     targets: Any = list(lora.lora_target_modules)
     settings = LoraConfig(
@@ -206,6 +215,19 @@ def add_adapter(
         ) from error
 
 
+def _same_adapter(folder: Path, lora: Lora) -> None:
+    """InputError where LoRA options were given that the adapter to start from does not have."""
+    stored = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    for name, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        asked = getattr(lora, name)
+        if asked != getattr(Lora(), name) and asked != stored.get(key):
+            raise InputError(
+                f"{name} is {asked}, the adapter to start from has {stored.get(key)}",
+                where=f"--{name} with --adapter_name_or_path {folder}",
+                mend=f"leave --{name} out: training goes on with the adapter's own",
+            )
+
+
 def adapter_folder(name: str) -> Path:
     """The folder of an adapter: the one named, or `adapter` in a run directory. Raises InputError."""
     folder = Path(name)
@@ -222,12 +244,23 @@ def adapter_folder(name: str) -> Path:
 
 def refuse_adapted(model: Any) -> None:
     """InputError for a model given in memory that carries a LoRA adapter of its own."""
-    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if isinstance(model, PeftModel):
+    # Adapter layers stay inside a model after its peft wrapper is gone, as after an earlier run in this process.
+    if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
         raise InputError(
             "the model given in memory already carries a LoRA adapter",
-            mend="give model.merge_and_unload(), or the base model and the adapter's folder as adapter_name_or_path",
+            mend="load the model anew, give model.merge_and_unload(), or the base model and adapter_name_or_path",
+        )
+
+
+def refuse_sharded_merge(options: Any, world: World) -> None:
+    """InputError for a model in memory with LoRA under FSDP2: its base cannot be read again for the merge."""
+    if world.sharded and options.use_peft:
+        raise InputError(
+            "LoRA on a model given in memory cannot be merged once it is sharded",
+            where="model=",
+            mend="save the model and name its folder as model_name_or_path",
         )
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
-from prefkit.domains.text.prompts import last_content, plain
+from prefkit.domains.text.prompts import group_of, last_content, plain
 from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
 from prefkit.engine.world import World
 from prefkit.protocols import Gold
 from prefkit.records import Example, Group, Pair, Preference, Sample
+
 
 def pair_metrics(log_probs: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
     """Per-pair training metrics, without gradient: log-probs and reference log-probs (b, 2) -> {name: (b,)}.
@@ -77,18 +78,13 @@ class PairEvaluation:
         return {
             "index": index,
             "row": source.row,
-            "group": group_of(source.extra, source.row),
+            "group": group_of(source),
             "prompt": plain(source.prompt),
             "reward_chosen": values["rewards/chosen"],
             "reward_rejected": values["rewards/rejected"],
             "margin": values["rewards/margins"],
             "accuracy": values["rewards/accuracies"],
         }
-
-
-def group_of(extra: Any, row: int) -> str:
-    """The name of the cluster a row belongs to, for grouped intervals: its `group` column, else the row itself."""
-    return str(extra.get("group", row))
 
 
 def summarize_pairs(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -131,30 +127,19 @@ class SampleEvaluation:
 
     @torch.no_grad()
     def __call__(self) -> list[dict[str, Any]]:
-        """One row per prompt: index, row, group, prompt, answer, log_ratio, length, finished, and each judge's score."""
+        """One row per prompt: index, row, group, prompt, answer, log_ratio, length, finished, every judge's score."""
         if not self.prompts:
             return []
         mine = spread(self.policy.world, len(self.prompts))
         self.sampler.refresh()
-        answers = self.sampler.sample(
-            [self.prompts[i].prompt for i in mine],
-            num=1,
-            decoding=self.decoding,
-            seed=self.seed,
-            path=("evaluation",),
-            rows=mine,
-        )
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(mine), self.batch_size):
-            indices = mine[start : start + self.batch_size]
-            samples = [answer[0] for answer in answers[start : start + self.batch_size]]
-            groups = [Group(sample.prompt, [sample.tokens]) for sample in samples]
-            new = [self._row(i, sample) for i, sample in zip(indices, samples, strict=True)]
-            if self.policy.has_reference:
-                log_ratio = self.policy.log_probs(groups) - self.policy.reference_log_probs(groups)
-                for row, ratio in zip(new, log_ratio[:, 0].tolist(), strict=True):
-                    row["log_ratio"] = ratio
-            rows += new
+        answers = self._draw(mine, self.decoding)
+        rows = [self._row(i, sample) for i, sample in zip(mine, answers, strict=True)]
+        if self.policy.has_reference:
+            # The KL is an expectation under the policy itself, which tempered or cut-off samples do not come from.
+            untempered = Decoding(max_new_tokens=self.decoding.max_new_tokens)
+            own = answers if self.decoding == untempered else self._draw(mine, untempered)
+            for row, ratio in zip(rows, self._log_ratios(own), strict=True):
+                row["log_ratio"] = ratio
         rows = in_order(self.policy.world, rows)
         for name, judge in self.judges.items():
             prompts = [self.prompts[row["index"]].source.prompt for row in rows]
@@ -174,13 +159,28 @@ class SampleEvaluation:
             self._references[name] = [float(score) for score in scores]
         return self._references[name]
 
+    def _draw(self, rows: Sequence[int], decoding: Decoding) -> list[Sample]:
+        """One answer to each of these prompts; the same rows and decoding give the same random numbers."""
+        prompts = [self.prompts[i].prompt for i in rows]
+        drawn = self.sampler.sample(prompts, num=1, decoding=decoding, seed=self.seed, path=("evaluation",), rows=rows)
+        return [answers[0] for answers in drawn]
+
+    def _log_ratios(self, samples: Sequence[Sample]) -> list[float]:
+        """log π - log π_ref of each whole answer, in nats."""
+        ratios: list[float] = []
+        for start in range(0, len(samples), self.batch_size):
+            piece = samples[start : start + self.batch_size]
+            groups = [Group(sample.prompt, [sample.tokens]) for sample in piece]
+            ratio = self.policy.log_probs(groups) - self.policy.reference_log_probs(groups)
+            ratios += ratio[:, 0].tolist()
+        return ratios
 
     def _row(self, index: int, sample: Sample) -> dict[str, Any]:
         source = self.prompts[index].source
         return {
             "index": index,
             "row": source.row,
-            "group": group_of(source.extra, source.row),
+            "group": group_of(source),
             "prompt": plain(source.prompt),
             "answer": sample.text,
             "length": len(sample.tokens),

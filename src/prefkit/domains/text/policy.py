@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefkit.domains.text import loading, quantised, weights
+from prefkit.domains.text.cache import weights_fingerprint
 from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy, Reference, without_dropout
 from prefkit.domains.text.scoring import LanguageModel, causal_lm, check_scoring, lay_out, logit_transform
@@ -31,7 +32,15 @@ class TextPolicy:
     """
 
     def __init__(
-        self, module: LanguageModel, tokenizer: Any, *, reference: Reference | None, world: World, source: str
+        self,
+        module: LanguageModel,
+        tokenizer: Any,
+        *,
+        reference: Reference | None,
+        world: World,
+        source: str,
+        revision: str = "main",
+        fingerprint: str = "",
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
@@ -39,6 +48,10 @@ class TextPolicy:
         self.world = world
         self.source = source
         """folder or Hub id of the start model; empty for a model given in memory"""
+        self.revision = revision
+        """branch, tag or commit of the source"""
+        self.fingerprint = fingerprint
+        """sha256 of the start weights; a run is continued with no others"""
 
     @classmethod
     def create(
@@ -60,6 +73,7 @@ class TextPolicy:
         else:
             quantised.refuse_given_model(options)
             loading.refuse_adapted(model)
+            loading.refuse_sharded_merge(options, world)
         if options.use_peft:
             model = loading.add_adapter(model, options, options, seed=options.seed)
         elif options.adapter_name_or_path:
@@ -71,11 +85,20 @@ class TextPolicy:
         loading.widen(model, dtype)
         module = cls._module(model, dtype, options.gradient_checkpointing).to(world.device)
         cls._check(module, tokenizer)
+        fingerprint = weights_fingerprint(module)
         reference = cls._make_reference(module, options, copy_reference)
         shard(module, world)
         if isinstance(reference, FrozenCopy):
             shard(reference.module, world)
-        return cls(module, loading.prepare_tokenizer(tokenizer), reference=reference, world=world, source=source)
+        return cls(
+            module,
+            loading.prepare_tokenizer(tokenizer),
+            reference=reference,
+            world=world,
+            source=source,
+            revision=options.model_revision,
+            fingerprint=fingerprint,
+        )
 
     @classmethod
     def pretrained(cls, name: str, *, dtype: str = "auto") -> Self:
@@ -93,7 +116,14 @@ class TextPolicy:
         tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
         module = cls._module(model, compute, False).requires_grad_(False).to(world.device)
         cls._check(module, tokenizer)
-        return cls(module, tokenizer, reference=None, world=world, source=found.model)
+        return cls(
+            module,
+            tokenizer,
+            reference=None,
+            world=world,
+            source=found.model,
+            revision=found.options.model_revision,
+        )
 
     @staticmethod
     def _module(model: Any, dtype: torch.dtype, checkpointing: bool) -> LanguageModel:
@@ -227,5 +257,6 @@ class TextPolicy:
             world=self.world,
             adapter=self.uses_adapter,
             source=self.source,
+            revision=self.revision,
             kind="causal",
         )

@@ -29,6 +29,8 @@ class Prompt:
 
     prompt: Text
     row: int = 0
+    where: str = ""
+    """the place a user can open, e.g. "prompts.jsonl line 12"; empty where there is no file"""
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -137,3 +139,11 @@ def last_content(text: Text) -> str:
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeio" else "a"
+
+
+def group_of(row: Any) -> str:
+    """What a row's cluster is called: its `group` column, else its prompt.
+
+    Rows of one cluster are not independent: intervals resample clusters, and none stands on two sides of a split.
+    """
+    return str(row.extra["group"]) if "group" in row.extra else plain(row.prompt)

@@ -71,11 +71,10 @@ Reference = FrozenCopy | AdaptersOff | FrozenAdapter
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Dropout makes the policy differ from the distribution it samples from and breaks step-0 identity: off, everywhere."""
+    """Dropout off, everywhere: with it the policy is not the distribution it samples from, nor its own reference."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("attention_dropout", "dropout", "attn_dropout", "hidden_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkit.domains.text import loading, quantised, weights
+from prefkit.domains.text.cache import weights_fingerprint
 from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import without_dropout
 from prefkit.domains.text.scoring import causal_lm
@@ -59,12 +60,25 @@ def _float_weights(head: Any) -> tuple[Tensor, Tensor | None]:
 class RewardModel:
     """A reward model with its tokenizer. Scores are centred: reference answers have mean 0 once `centre` has run."""
 
-    def __init__(self, module: RewardModule, tokenizer: Any, *, world: World, source: str, adapter: bool) -> None:
+    def __init__(
+        self,
+        module: RewardModule,
+        tokenizer: Any,
+        *,
+        world: World,
+        source: str,
+        adapter: bool,
+        revision: str = "main",
+        fingerprint: str = "",
+    ) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.world = world
         self.source = source
         self.uses_adapter = adapter
+        self.revision = revision
+        self.fingerprint = fingerprint
+        """sha256 of the start weights"""
 
     @classmethod
     def create(cls, options: Any, world: World, *, model: Any = None, tokenizer: Any = None) -> Self:
@@ -75,8 +89,12 @@ class RewardModel:
             tokenizer = loading.load_tokenizer(options, source)
         if model is None:
             model = loading.load_model(options, options, source, dtype, kind="reward")
-        elif "lm_head" in dict(model.named_children()) or "embed_out" in dict(model.named_children()):
-            model = _from_causal(model)
+        else:
+            quantised.refuse_given_model(options)
+            loading.refuse_adapted(model)
+            loading.refuse_sharded_merge(options, world)
+            if model.get_output_embeddings() is not None:
+                model = _from_causal(model)
         _reset_head(model, options.seed)
         _name_pad(model, tokenizer)
         if options.use_peft:
@@ -90,8 +108,17 @@ class RewardModel:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             inner.enable_input_require_grads()
         module = RewardModule(model, dtype).to(world.device)
+        fingerprint = weights_fingerprint(module)
         shard(module, world)
-        return cls(module, loading.prepare_tokenizer(tokenizer), world=world, source=source, adapter=options.use_peft)
+        return cls(
+            module,
+            loading.prepare_tokenizer(tokenizer),
+            world=world,
+            source=source,
+            adapter=options.use_peft,
+            revision=options.model_revision,
+            fingerprint=fingerprint,
+        )
 
     @classmethod
     def load(cls, name: str, *, device: str | torch.device = "", dtype: str = "auto") -> Self:
@@ -176,6 +203,7 @@ class RewardModel:
             world=self.world,
             adapter=self.uses_adapter,
             source=self.source,
+            revision=self.revision,
             kind="reward",
             extra_config={MEAN: self.mean, "pad_token_id": pad},
         )
@@ -219,7 +247,7 @@ def _name_pad(model: Any, tokenizer: Any) -> None:
 
 
 def _from_causal(model: Any) -> Any:
-    """A sequence-classification model around a causal LM given in memory; the backbone's weights are shared."""
+    """A sequence-classification model with a copy of the backbone of a causal LM given in memory."""
     from transformers import AutoModelForSequenceClassification
 
     settings = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from prefkit.domains.text import loading
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.quantised import evaluating
 from prefkit.domains.text.render import stop_tokens
@@ -158,9 +159,7 @@ class TransformersSampler:
                     results[job[3]][job[2]] = sample
         return [[sample for sample in answers if sample is not None] for answers in results]
 
-    def _generate(
-        self, jobs: Sequence[Any], decoding: Decoding, seed: int, path: Sequence[str | int]
-    ) -> list[Sample]:
+    def _generate(self, jobs: Sequence[Any], decoding: Decoding, seed: int, path: Sequence[str | int]) -> list[Sample]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         policy, tokenizer, device = self.policy, self.policy.tokenizer, self.policy.world.device
@@ -221,9 +220,9 @@ def check_prompts(policy: TextPolicy, prompts: Sequence[Sequence[int]], decoding
     """Raises InputError for an empty prompt, or where a prompt and a longest answer do not fit the model's context."""
     if any(not prompt for prompt in prompts):
         raise InputError(f"prompt {[not p for p in prompts].index(True)} is empty", mend="give it some text")
-    context = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    context = loading.context_of(causal_lm(policy.model).config)
     longest = max(map(len, prompts), default=0)
-    if context is not None and longest + decoding.max_new_tokens > context:
+    if context and longest + decoding.max_new_tokens > context:
         raise InputError(
             f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} pass the model's "
             f"context of {context} tokens",

@@ -142,7 +142,7 @@ def logit_transform(config: object) -> tuple[float, float]:
 def check_scoring(module: LanguageModel, *, pad: int, vocabulary: int) -> float:
     """Largest difference between our log-probs and a plain forward pass of the model, on one fixed sequence.
 
-    A model that transforms its logits in a way we do not know would train on a wrong objective; better to know at start.
+    A model that transforms its logits in a way we do not know would train on a wrong objective.
     """
     device = next(module.parameters()).device
     ids = [(7 * i + 3) % vocabulary for i in range(8)]

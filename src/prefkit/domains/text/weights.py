@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prefkit.engine.files import read_json, write_json
+from prefkit.engine.files import UNFINISHED, read_json, write_json
 from prefkit.engine.sharding import full_state, load_state
 from prefkit.engine.world import World
 from prefkit.errors import InputError
@@ -75,6 +77,7 @@ def save_final(
     world: World,
     adapter: bool,
     source: str,
+    revision: str = "main",
     kind: Kind,
     extra_config: Mapping[str, Any] | None = None,
 ) -> dict[str, str | None]:
@@ -83,40 +86,62 @@ def save_final(
     A quantised base cannot take a merge: there the adapter alone is the result. Gives the names of what was written.
     """
     if not adapter:
-        save(module, tokenizer, directory / "model", world=world, adapter=False)
+        with _whole(directory / "model", world) as folder:
+            save(module, tokenizer, folder, world=world, adapter=False)
         return {"model": "model", "adapter": None}
-    save(module, tokenizer, directory / "adapter", world=world, adapter=True)
-    if world.is_main and extra_config:
-        write_json(directory / "adapter" / EXTRA, extra_config)
+    with _whole(directory / "adapter", world) as folder:
+        save(module, tokenizer, folder, world=world, adapter=True)
+        if world.is_main and extra_config:
+            write_json(folder / EXTRA, extra_config)
     wrapped: Any = module.model
     if getattr(wrapped.get_base_model(), "hf_quantizer", None) is not None:
         return {"model": None, "adapter": "adapter"}
+    merged: Any = None
     if world.is_main:
         if source:
-            merged = merge(_load_base(source, kind), directory / "adapter")
+            merged = merge(_load_base(source, revision, kind), directory / "adapter")
         else:
-            merged = copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
+            merged = copy.deepcopy(wrapped).float().merge_and_unload(safe_merge=True)
         for name, value in (extra_config or {}).items():
             setattr(merged.config, name, value)
-        merged.save_pretrained(directory / "model")
-        tokenizer.save_pretrained(directory / "model")
+    with _whole(directory / "model", world) as folder:
+        if world.is_main:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return {"model": "model", "adapter": "adapter"}
 
 
+@contextmanager
+def _whole(folder: Path, world: World) -> Iterator[Path]:
+    """A folder to write into that takes its name only once it is complete; an older one of that name goes."""
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    if world.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    world.barrier()
+    yield unfinished
+    world.barrier()
+    if world.is_main:
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+
 def merge(base: Any, adapter: Path) -> Any:
-    """A base model with an adapter folder merged into its weights, in the base's own precision."""
+    """A base model with an adapter folder merged into its weights, in the precision of the base given."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
 
 
-def _load_base(source: str, kind: Kind) -> Any:
-    """The base in its stored precision, so that the merge loses nothing to a bfloat16 copy."""
+def _load_base(source: str, revision: str, kind: Kind) -> Any:
+    """The base in float32: in bfloat16 the merge would round away most of a small update."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if kind == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype="auto")
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        return AutoModelForSequenceClassification.from_pretrained(
+            source, revision=revision, num_labels=1, dtype=torch.float32
+        )
+    return AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32)
 
 
 def _trained(module: nn.Module, adapter: bool) -> set[str] | None:
