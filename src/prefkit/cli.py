@@ -76,6 +76,7 @@ def dispatch(words: Sequence[str]) -> int:
 def run_method(name: str, rest: Sequence[str]) -> int:
     """Parses the options of a method and runs it."""
     from prefkit import flags
+    from prefkit.options import PRESET
 
     quiet()
     method = load("methods", name)
@@ -85,6 +86,7 @@ def run_method(name: str, rest: Sequence[str]) -> int:
     )
     if not config.output_dir:
         config = dataclasses.replace(config, output_dir=f"runs/{name}-{preset}" if preset else f"runs/{name}")
+    PRESET.set(preset)
     try:
         method.run(config)
     except KeyboardInterrupt:
@@ -95,12 +97,14 @@ def run_method(name: str, rest: Sequence[str]) -> int:
 
 
 def quiet() -> None:
-    """One progress bar on the terminal, ours, and no call home: read by the libraries when they are imported."""
+    """One progress bar on the terminal, ours, no call home, polite threads: read by libraries on their import."""
     settings = {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # Threads that spin while they wait slow a run several times where another program wants the same cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -120,7 +120,7 @@ def _normalise(config: type, argv: Sequence[str]) -> tuple[list[str], list[str]]
                 raise InputError(f"--{key} takes no value", mend=f"write --{key} or --{key[3:]} false")
             flags.append(f"--{names[key[3:]]}=False")
         elif key not in names:
-            raise options.unknown("option", key, [*names, *FILE_FLAGS], prefix="--")
+            raise options.unknown_option(config, key, prefix="--", more=FILE_FLAGS)
         else:
             flags += _flag(names[key], kinds[names[key]], key, values)
     return files, flags
@@ -150,6 +150,8 @@ def _flag(name: str, kind: Any, key: str, values: list[str]) -> list[str]:
         return [f"--{name}={word in YES}"]
     if typing.get_origin(kind) in (tuple, list):
         return [f"--{name}", *values]
+    if name in options.JOINED and values:
+        return [f"--{name}={','.join(values)}"]
     return [f"--{name}={_single(key, values)}"]
 
 

@@ -16,13 +16,18 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from prefkit import foreign
 from prefkit.errors import InputError
 
 C = TypeVar("C")
+
+PRESET: ContextVar[str] = ContextVar("preset", default="")
+"""the preset named on the command line, which a run records"""
 
 GROUPS = {
     "Model": ("policy",),
@@ -45,6 +50,10 @@ ALIASES = {
     "torch_dtype": "dtype",
 }
 """Second names of options, beside the `GROUP.NAME` which every option has."""
+
+
+JOINED = ("report_to",)
+"""Options that hold several names, with commas between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +141,39 @@ def update(base: C, values: Mapping[str, Any], *, where: str = "") -> C:
     for key, value in _flatten(values):
         name = names.get(key.replace("-", "_"))
         if name is None:
-            raise unknown("option", key, names, where=where)
+            raise unknown_option(config, key, where=where)
         if name in changes:
             raise InputError(f"option {name} is given twice (once as {key})", where=where, mend="keep one of them")
-        changes[name] = convert(value, types_by_name[name], key=key, where=where)
+        kind = types_by_name[name]
+        changes[name] = convert(_single(value, name, kind), kind, key=key, where=where)
     return dataclasses.replace(typing.cast(Any, base), **changes)
+
+
+def _single(value: object, name: str, to: Any) -> Any:
+    """What a list stands for where one value is meant, as other projects' files have it: its only element.
+
+    Several trackers are one text with commas. Any other list is left to `convert`, which refuses it.
+    """
+    if not isinstance(value, list) or typing.get_origin(to) in (tuple, list):
+        return typing.cast(Any, value)
+    items = typing.cast("list[Any]", value)
+    if name in JOINED and all(isinstance(item, str) for item in items):
+        return ",".join(items) or "none"
+    return items[0] if len(items) == 1 else items
+
+
+def unknown_option(
+    config: type, key: str, *, where: str = "", prefix: str = "", more: Iterable[str] = ()
+) -> InputError:
+    """The error for an option that a Config lacks: what another project's option is called here, else the nearest.
+
+    `more`: names that exist beside the options.
+    """
+    method = config.__module__.rsplit(".", 1)[-1]
+    mend = foreign.mend(key.replace("-", "_").rpartition(".")[2], method, prefix=prefix)
+    if mend:
+        return InputError(f"unknown option {prefix}{key}", where=where, mend=mend)
+    return unknown("option", key, [*names_of(config), *more], where=where, prefix=prefix)
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, where: str = "", prefix: str = "") -> InputError:
@@ -221,7 +258,7 @@ def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], *, k
     if fixed and len(inner) != len(arguments):
         raise InputError(f"{key} must have {len(arguments)} values, not {len(inner)}", where=where)
     kinds = arguments if fixed else (arguments[0],) * len(inner)
-    return origin(
+    return typing.cast(Any, origin)(
         convert(item, kind, key=f"{key}[{index}]", where=where)
         for index, (item, kind) in enumerate(zip(inner, kinds, strict=True))
     )

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
-from method_runs import METHODS, Inputs, metrics, read, run
+from method_runs import METHODS, Inputs, lines, metrics, read, run
 from prefkit import cli
 from prefkit.methods import dpo
 
@@ -138,10 +138,21 @@ def test_samples_past_the_context_are_refused_before_the_first_step(inputs: Inpu
     train = tmp_path / "train.jsonl"
     train.write_text(rows(long))
     arguments = inputs.arguments("hypo", tmp_path / "run", dataset_name=train, max_new_tokens=100, num_train_epochs=1)
-    refused(capsys, [*arguments, "--max_steps", "-1"], "context", "256", "--max_new_tokens")
+    refused(capsys, [*arguments, "--max_steps", "-1"], "train.jsonl line 8", "context", "256", "--max_new_tokens")
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or metrics(tmp_path / "run") == [], (
         "before training, not at the step that draws the row"
     )
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_held_out_prompts_past_the_context_stop_no_run(inputs: Inputs, tmp_path: Path, capsys, method: str) -> None:
+    held = tiny.pairs(4)
+    held[1]["prompt"] = [{"role": "user", "content": "red blue " * 58}]
+    file = tiny.jsonl(tmp_path / "held.jsonl", held)
+    output = run(inputs, method, tmp_path / "run", eval_dataset=file, max_new_tokens=100, num_eval_prompts=9)
+    said = "1 of 4 held-out prompts leave no room for 100 new tokens"
+    assert capsys.readouterr().err.replace("\n", " ").count(said) == 1
+    assert [row["row"] for row in lines(output / "evaluation" / "samples.jsonl")] == [0, 2, 3]
 
 
 ONLY_MODEL_SHOWS = {
@@ -210,6 +221,7 @@ NONSENSE = {
     "gradient_accumulation_steps": ("0",),
     "max_length": ("0",),
     "num_eval_prompts": ("-1",),
+    "seed": ("-1",),
     "save_steps": ("-1",),
     "logging_steps": ("0",),
 }

@@ -168,7 +168,8 @@ def test_flags(parsed: Callable[..., Any], words: list[str], field: str, expecte
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--eval_strategy", "steps"], "did you mean --eval_steps?"),
+        (["--eval_step", "5"], "did you mean --eval_steps?"),
+        (["--eval_strategy", "steps"], "write --eval_steps N"),
         (["--bta", "1"], "did you mean --beta?"),
         (["--policy.modle", "x"], "did you mean --policy.model?"),
         (["demp"], "did you mean demo?"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from prefkit import options
+from prefkit import cli, flags, foreign, options
 from prefkit.domains.text.config import Lora, Model
 from prefkit.engine.config import Optimisation, Output
 from prefkit.errors import InputError
@@ -30,6 +31,9 @@ class Config(Model, Lora, Optimisation, Output):
     folder: Path = Path("here")
     """a path"""
     learning_rate: float = 5e-7
+
+
+METHODS = {name: cli.load("methods", name).Config for name in cli.modules("methods")}
 
 
 def through_json(config: Config) -> Config:
@@ -82,6 +86,13 @@ def test_every_option_has_a_dotted_name_and_aliases_reach_their_field() -> None:
         ({"margin": None}, "margin", None),
         ({"margin": 3}, "margin", 3.0),
         ({"weights": [1, 2, 3]}, "weights", (1.0, 2.0, 3.0)),
+        ({"weights": [2]}, "weights", (2.0,)),
+        ({"kind": ["ipo"]}, "kind", "ipo"),
+        ({"beta": [0.3]}, "beta", 0.3),
+        ({"margin": [2]}, "margin", 2.0),
+        ({"report_to": ["wandb", "tensorboard"]}, "report_to", "wandb,tensorboard"),
+        ({"run": {"report-to": ["wandb"]}}, "report_to", "wandb"),
+        ({"report_to": []}, "report_to", "none"),
     ],
 )
 def test_values_as_people_write_them(values: dict[str, object], field: str, expected: object) -> None:
@@ -109,6 +120,14 @@ def test_values_as_people_write_them(values: dict[str, object], field: str, expe
         ({"weights": [1, "x"]}, ("weights[1]", "number")),
         ({"margin": "x"}, ("margin", "a number or null")),
         ({"run.steps": 1, "max_steps": 2}, ("max_steps", "twice")),
+        ({"kind": ["ipo", "sigmoid"]}, ("kind", "cannot be")),
+        ({"kind": []}, ("kind", "cannot be")),
+        ({"output_dir": ["a", "b"]}, ("output_dir", "text")),
+        ({"report_to": [1, "wandb"]}, ("report_to", "text")),
+        ({"bf16": True}, ("bf16", "write dtype bfloat16")),
+        ({"evaluation-strategy": "steps"}, ("evaluation-strategy", "write eval_steps N")),
+        ({"push_to_hub": False}, ("push_to_hub", "nothing is sent anywhere")),
+        ({"max_new_tokens": 3}, ("max_new_tokens", "test_options has no use for it, as it draws no answers")),
     ],
 )
 def test_wrong_values_name_the_key_and_the_file(values: dict[str, object], words: tuple[str, ...]) -> None:
@@ -116,3 +135,54 @@ def test_wrong_values_name_the_key_and_the_file(values: dict[str, object], words
         options.from_json(Config, values, where="my.yaml")
     for word in ("my.yaml", *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*foreign.RENAMED, *foreign.UNNEEDED])
+def test_names_of_other_projects_lead_to_options_that_exist(name: str) -> None:
+    known = {option for config in METHODS.values() for option in options.names_of(config)}
+    assert name not in known, "a name that exists needs no mend"
+    told = foreign.mend(name, "dpo", prefix="--")
+    assert set(re.findall(r"(?<!RUN )--(\w+)", told)) <= known
+    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in page, "docs/coming-from.md tells it too"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_that_a_method_has_no_use_for(method: str) -> None:
+    names = options.names_of(METHODS[method])
+    pages = Path(__file__).parents[2] / "docs" / "methods"
+    for name in foreign.NO_USE:
+        if name in names:
+            continue
+        with pytest.raises(InputError, match=f"unknown option --{name}") as caught:
+            flags.parse(METHODS[method], [f"--{name}", "1"], prog=method, presets={})
+        assert f"{method} has no use for it" in str(caught.value)
+        assert f"`--{name}`" in (pages / "index.md").read_text(encoding="utf-8")
+
+
+def test_every_name_that_has_no_use_somewhere_has_one_elsewhere() -> None:
+    for name in foreign.NO_USE:
+        having = {method for method, config in METHODS.items() if name in options.names_of(config)}
+        assert having and having != set(METHODS), name
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--bf16", ("unknown option --bf16", "write --dtype bfloat16")),
+        ("--lr=1e-5", ("unknown option --lr", "write --learning_rate")),
+        ("--max-completion-length", ("write --max_new_tokens", "--max_length")),
+        ("--push_to_hub", ("leave it out", "`prefkit export RUN --to FOLDER`")),
+    ],
+)
+def test_foreign_flags_get_their_mend(flag: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        flags.parse(METHODS["dpo"], [flag], prog="dpo", presets={})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["wandb,tensorboard"], ["wandb", "tensorboard"]])
+def test_trackers_by_flag(words: list[str]) -> None:
+    config, _ = flags.parse(METHODS["dpo"], ["--report_to", *words], prog="dpo", presets={})
+    assert config.report_to == "wandb,tensorboard"

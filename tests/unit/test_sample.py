@@ -128,6 +128,8 @@ def test_killed_work_goes_on_where_it_stopped(
         ({"seed": 1}, "seed 1 (now 0)"),
         ({"policy_version": "x"}, "policy_version 'x'"),
         ({"temperature": 0.5}, "temperature 0.5 (now 1.0)"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16' (now 'float32')"),
+        ({"stop_strings": ["dog"]}, "stop_strings ['dog'] (now [])"),
         ({"prompt": "another"}, "answers another prompt than row 1"),
         ({"row": None}, "is no answer by prefkit sample"),
     ],
@@ -144,6 +146,23 @@ def test_a_file_never_mixes_models_settings_or_prompts(
     error = capsys.readouterr().err
     assert complaint in error and f"{out} line 1" in error
     assert out.read_text() == text, "a refused file is left as it was"
+
+
+def test_a_file_with_stop_strings_goes_on_only_with_the_same(model: Path, tmp_path: Path) -> None:
+    words = ("-p", "red dog", "--out", str(tmp_path / "out"))
+    assert run(model, *words, "--stop_strings", "sun", "dog") == 0
+    assert rows(tmp_path / "out")[0]["stop_strings"] == ["sun", "dog"]
+    assert run(model, *words, "--stop_strings", "sun", "dog") == 0
+    assert run(model, *words) == 2
+    assert run(model, *words, "--stop_strings", "sun", "dog", "--dtype", "bfloat16") == 2
+
+
+def test_a_prompt_file_that_cannot_be_answered_is_named_with_its_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = prompts(tmp_path / "p.txt", ["red", "dog " * 300])
+    assert run(model, "--prompts", str(file)) == 2
+    assert f"{file} line 2: a prompt of" in capsys.readouterr().err
 
 
 def test_a_conversation_remembers_until_told_not_to(
@@ -179,6 +198,7 @@ class _Terminal(io.StringIO):
         (("--out", "x.jsonl"), "--out needs prompts"),
         (("-p", "a", "--prompts", "b.txt"), "exclude each other"),
         (("-p", "a", "--num", "0"), "num is 0"),
+        (("-p", "a", "--seed", "-1"), "seed is -1"),
         (("-p", "a", "--temperature", "-1"), "cannot sample with temperature -1"),
         (("-p", "dog " * 300), "prompt 1: a prompt of"),
         (("--prompts", "missing.jsonl"), "missing.jsonl"),

@@ -21,6 +21,7 @@ from prefkit.domains.text.files import Source
 from prefkit.domains.text.load import load
 from prefkit.domains.text.show import show_conversion, show_report
 from prefkit.errors import InputError
+from prefkit.flags import NO, YES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,8 +62,19 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--long_prompts", choices=("refuse", "drop"), default="refuse", help="prompts beyond max_length"
     )
+    parser.add_argument(
+        "--append_eos", type=_truth, nargs="?", const=True, default=True, help="end whole answers by a token (true)"
+    )
+    parser.add_argument("--no_append_eos", dest="append_eos", action="store_false", help="the same as false")
     parser.add_argument("--all", action="store_true", help="print every problem, not the first of each kind")
     parser.add_argument("--json", default="", help="also write the report to this file")
+
+
+def _truth(word: str) -> bool:
+    """`true` or `false`, spelled as for the training methods."""
+    if word.lower() not in YES + NO:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {word!r}")
+    return word.lower() in YES
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +115,14 @@ def _check(options: argparse.Namespace) -> int:
         evaluation = _load(options.eval, split=options.eval_split, config=options.config, what="evaluation")
         held, more = parse(evaluation)
         problems += [replace(problem, row=-1) for problem in more]  # row numbers are the training file's
+    tokenizer, context = _model(options.model) if options.model else (None, 0)
     report = check(
         rows,
-        tokenizer=_tokenizer(options.model) if options.model else None,
+        tokenizer=tokenizer,
         evaluation=held,
         max_length=options.max_length,
+        append_eos=options.append_eos,
+        context=context,
         long_prompts=options.long_prompts,
         where=source.path_of_row,
         problems=problems,
@@ -121,11 +136,13 @@ def _check(options: argparse.Namespace) -> int:
     return 2 if report.errors else 0
 
 
-def _tokenizer(name: str) -> Any:
+def _model(name: str) -> tuple[Any, int]:
+    """The tokenizer of a model and the tokens it takes, as training finds them."""
     from prefkit.domains.text.config import Model
-    from prefkit.domains.text.loading import load_tokenizer, resolve
+    from prefkit.domains.text.loading import context, load_tokenizer, resolve
 
-    return load_tokenizer(Model(model_name_or_path=name), resolve(name))
+    options = Model(model_name_or_path=name)
+    return load_tokenizer(options, resolve(name)), context(options)
 
 
 def _show_memory(options: argparse.Namespace, report: Report, *, sequences: int) -> None:

@@ -26,7 +26,7 @@ from prefkit.engine import files
 from prefkit.errors import InputError
 from prefkit.records import Message, Sample, Text
 
-FIXED = ("seed", "policy_version", "temperature", "top_p", "max_new_tokens")
+FIXED = ("seed", "policy_version", "dtype", "temperature", "top_p", "max_new_tokens", "stop_strings")
 """fields that every row of one answers file shares: a file never mixes two models or two settings"""
 HELP = "/new starts over, /exit (or Ctrl-D) leaves"
 
@@ -96,6 +96,8 @@ def _underscored(word: str) -> str:
 
 def _given(options: argparse.Namespace) -> list[Prompt] | None:
     """The prompts to answer; None for a conversation at the terminal."""
+    if options.seed < 0:
+        raise InputError(f"seed is {options.seed}", where="--seed", mend="0 or more")
     if options.num < 1:
         raise InputError(f"num is {options.num}", where="--num", mend="1 or more")
     if options.prompt and options.prompts:
@@ -133,12 +135,18 @@ class _Answerer:
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts; InputError for one that leaves no room for an answer."""
-        ids = tokenize_prompts(self.policy.tokenizer, [p.prompt for p in prompts], extras=[p.extra for p in prompts])
-        for prompt, one in zip(prompts, ids, strict=True):
+        places = [prompt.where or f"prompt {prompt.row + 1}" for prompt in prompts]
+        ids = tokenize_prompts(
+            self.policy.tokenizer,
+            [prompt.prompt for prompt in prompts],
+            extras=[prompt.extra for prompt in prompts],
+            where=lambda place: places[place],
+        )
+        for place, one in zip(places, ids, strict=True):
             try:
                 check_prompts(self.policy, [one], self.decoding)
             except InputError as error:
-                raise InputError(error.what, where=f"prompt {prompt.row + 1}", mend=error.mend) from error
+                raise InputError(error.what, where=place, mend=error.mend) from error
         return ids
 
     def answer(self, ids: Sequence[Sequence[int]], rows: Sequence[int], num: int) -> list[list[Sample]]:
@@ -160,7 +168,9 @@ class _Answerer:
 
     def fixed(self, version: str) -> dict[str, Any]:
         how = self.decoding
-        values = (self.seed, version, how.temperature, how.top_p, how.max_new_tokens)
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        stops = list(how.stop_strings)
+        values = (self.seed, version, dtype, how.temperature, how.top_p, how.max_new_tokens, stops)
         return dict(zip(FIXED, values, strict=True))
 
 

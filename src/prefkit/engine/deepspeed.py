@@ -113,8 +113,8 @@ class Zero:
 
     def state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Whole optimizer state by weight name, one weight at a time, as AdamW keeps it; a collective call."""
-        get, step = _utilities().safe_get_full_optimizer_state, self._steps()[0].clone()
-        for name, weight in self._weights.items() if step else ():
+        get = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
+        for name, weight in self._weights.items() if (step := self._steps()[0]) else ():
             yield name, {"step": step.clone(), **{key: get(weight, key) for key in STATE}}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -127,7 +127,7 @@ class Zero:
             weights = list(self._weights.values())
             zero, _ = self.losses(lambda _: (torch.stack([0 * w.sum() for w in weights]).sum(), {}), None)
             self.backward(zero, step=True)
-        put = _utilities().safe_set_full_optimizer_state
+        put = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state
         for name, weight in self._weights.items():
             for key in STATE:
                 put(weight, state[name][key], key)
@@ -147,7 +147,3 @@ class _Losses(nn.Module):
 
     def forward(self, compute: Compute[B], batch: B) -> tuple[Tensor, Mapping[str, Tensor]]:
         return compute(batch)
-
-
-def _utilities() -> Any:
-    return importlib.import_module("deepspeed.utils")

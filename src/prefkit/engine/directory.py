@@ -36,9 +36,9 @@ FREE_TO_DIFFER = ("output_dir", "overwrite", "dry_run", "report_to")
 """options that do not change what a run computes"""
 
 
-def default_path(method: str, preset: str) -> Path:
+def default_path(method: str) -> Path:
     """Where a run without --output_dir goes."""
-    return Path("runs") / (f"{method}-{preset}" if preset else method)
+    return Path("runs") / method
 
 
 def prepare(

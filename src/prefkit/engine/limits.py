@@ -48,6 +48,7 @@ SHARED: dict[str, Limit] = {
     "num_eval_prompts": NOT_BELOW_0,
     "stop_at_kl": NOT_BELOW_0,
     "patience": NOT_BELOW_0,
+    "seed": NOT_BELOW_0,
     "save_steps": NOT_BELOW_0,
     "save_total_limit": NOT_BELOW_0,
     "logging_steps": AT_LEAST_1,

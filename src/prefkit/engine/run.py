@@ -31,22 +31,21 @@ from prefkit.engine.row import Row, read
 from prefkit.engine.selection import Selection
 from prefkit.engine.world import World
 from prefkit.errors import InputError
-from prefkit.options import to_json
+from prefkit.options import PRESET, to_json
 
 
 class Run:
     """One training run in one directory. Every process calls every method; only the main one writes."""
 
-    def __init__(self, config: Any, *, method: str, preset: str = "") -> None:
+    def __init__(self, config: Any, *, method: str) -> None:
         """Open the run directory, new or used.
 
         `config` is a dataclass with the fields of Optimisation, Selection and Output. Raises InputError when
         the directory cannot take this run, and for trackers that are not installed.
         """
-        self.config = config
-        self.method, self.preset = method, preset
+        self.config, self.method = config, method
         self.world = World.start()
-        self.directory = Path(config.output_dir or directory.default_path(method, preset))
+        self.directory = Path(config.output_dir or directory.default_path(method))
         self.resumed_step = 0
         self._values = to_json(config)
         self._selection = Selection(config.keep_best, config.patience, config.stop_at_kl)
@@ -60,8 +59,7 @@ class Run:
         self._in_step = self._best_now = self._looked = False
         self._row = Row()
         self._per_epoch: float | None = None
-        self._stop = ""
-        self._last_saved = -1
+        self._last_saved = self._selected = -1
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._bar: Bar | None = None
         self._used = self.world.on_main(self._open)
@@ -186,26 +184,24 @@ class Run:
         """Load the selected checkpoint if it is not the last step's; gives the selected step."""
         best = self._selection.best
         selected = int(best["step"]) if best is not None else self._step
-        if selected != self._step:
-            folder = checkpoint.path_of(self.directory, selected)
-            self._require_whole(folder)
+        if selected not in (self._step, self._selected):
+            self._require_whole(folder := checkpoint.path_of(self.directory, selected))
             for item in self._tracked.values():
                 item.load(folder)
             self.say(f"selected step {selected}: {self._selection.rule()}")
+        self._selected = selected
         return selected
 
     def finish(self, *, model: str | None = "model", adapter: str | None = None) -> dict[str, Any]:
-        """Select as `select` does, then write result.json and give its content: the run is done and its files whole."""
-        selected = self.select()
+        """Select as `select` does, then write result.json and give its content: the run's files are whole."""
         result = {
             "status": "stopped" if self._stop else "complete",
             "reason": self._stop or f"all {self._step} steps done",
             "steps": self._step,
-            "selected_step": selected,
+            "selected_step": self.select(),
             "rule": self._selection.rule(),
             "seconds": round(self._seconds(), 3),
-            "model": model,
-            "adapter": adapter,
+            **{"model": model, "adapter": adapter},
         }
         self.world.on_main(lambda: files.write_json(self.directory / directory.RESULT, result))
         self.say(f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}")
@@ -215,7 +211,7 @@ class Run:
         used = directory.prepare(
             self.directory,
             method=self.method,
-            preset=self.preset,
+            preset=PRESET.get(),
             values=self._values,
             defaults=to_json(type(self.config)()),
             overwrite=self.config.overwrite,

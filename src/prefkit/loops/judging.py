@@ -78,7 +78,7 @@ def _callable(name: str) -> Gold:
 
 
 def _check_signature(name: str, found: Any) -> None:
-    """InputError for what cannot be called with the keywords `prompts` and `completions`, before anything is trained."""
+    """InputError, before any training, for what cannot be called with the keywords `prompts` and `completions`."""
     mend = "write def NAME(prompts, completions): ..., with these two names"
     if not callable(found):
         raise InputError(f"{name} is {found!r}, not a function", where="--gold_reward", mend=mend)

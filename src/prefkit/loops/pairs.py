@@ -148,16 +148,16 @@ class PairTask:
         }
 
     def _evaluation(self, pairs: Sequence[Pair], name: str) -> tuple[PairEvaluation, SampleEvaluation]:
-        one_per_prompt = list({tuple(pair.prompt): pair for pair in pairs}.values())
         scored = PairEvaluation(self.policy, pairs, beta=self.config.beta, batch_size=2 * self.micro)
         sampled = SampleEvaluation(
             self.policy,
             self.sampler,
-            one_per_prompt[: self.config.num_eval_prompts],
+            pairs,
             decoding=Decoding.of(self.config),
             seed=number(self.config.seed, name),
             judges=dict(self.judges),
             batch_size=2 * self.micro,
+            most=self.config.num_eval_prompts,
         )
         return scored, sampled
 

@@ -82,15 +82,15 @@ class SupervisedTask:
         return in_order(self.policy.world, rows)
 
     def _sampled(self, examples: Sequence[Example]) -> SampleEvaluation:
-        one_per_prompt = list({tuple(example.prompt): example for example in examples}.values())
         return SampleEvaluation(
             self.policy,
             self.sampler,
-            one_per_prompt[: self.config.num_eval_prompts],
+            examples,
             decoding=Decoding.of(self.config),
             seed=number(self.config.seed, "evaluation"),
             judges=self.judges,
             batch_size=2 * self.micro,
+            most=self.config.num_eval_prompts,
         )
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prefkit.domains.text.cache import tokens_fingerprint
 from prefkit.domains.text.config import Data, Lora, Model, Sampling
-from prefkit.domains.text.datasets import prepare_pairs, prompt_tokens
+from prefkit.domains.text.datasets import prepare_pairs
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding
 from prefkit.engine.config import Optimisation, Output, Selection
@@ -60,7 +60,7 @@ class Config(Model, Lora, Data, Sampling, Optimisation, Selection, Output):
     num_generations: int = 2
     """k: fresh answers to each online prompt at every step"""
     prompt_dataset: str = ""
-    """prompts for the fresh answers (file, folder or Hub id); empty takes those of the batch's pairs"""
+    """prompts for the fresh answers (file, folder, Hub id or packaged data); empty takes those of the batch's pairs"""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """loss on the margin of stored pairs"""
     label_smoothing: float = 0.0
@@ -153,7 +153,7 @@ def run(
         metrics = {} if own is None or ref_own is None else own_metrics(items, own, ref_own)
         return losses + extra_terms(config, scores), metrics
 
-    prompts = prompt_tokens(config.prompt_dataset, data.tokenizer, config.max_length) if config.kl_weight else []
+    prompts = data.online_prompts(config.prompt_dataset) if config.kl_weight else []
 
     def task(run: Run) -> PairTask:
         own = None

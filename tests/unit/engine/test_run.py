@@ -310,5 +310,6 @@ def test_unsupported_launches_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="--fsdp_version 2"):
         Run(config(tmp_path / "run"), method="toy")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed"):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(InputError, match="DeepSpeed ZeRO stage 3"):
         Run(config(tmp_path / "run"), method="toy")

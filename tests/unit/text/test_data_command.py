@@ -6,8 +6,11 @@ import pytest
 from tests.tiny_tokenizers import chatml
 from transformers import LlamaConfig
 
+import tiny
 from prefkit.commands.data import main
+from prefkit.domains.text.datasets import prepare_pairs
 from prefkit.errors import InputError
+from prefkit.methods import dpo
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -59,6 +62,29 @@ def test_check_with_a_model_and_evaluation_data(tmp_path: Path, capsys: pytest.C
     assert "the same row stands in the evaluation data" in shown
     assert main(["check", train, "--model", str(model), "--max_length=8"]) == 2
     assert "leaves no room for an answer in max_length 8" in capsys.readouterr().out
+
+
+def test_check_with_a_model_is_the_check_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, report = tiny.folder(tmp_path / "model"), tmp_path / "report.json"
+    made = tiny.pairs(12)
+    made[3]["chosen"] = [{"role": "assistant", "content": "red blue " * 200}]  # past the context of 256, not 1024
+    file = write(tmp_path / "a.jsonl", made)
+    for words, options in (((), {}), (("--append-eos", "False"), {"append_eos": False})):
+        assert main(["check", file, "--eval", file, "--model", str(model), "--json", str(report), *words]) == 0
+        config = dpo.Config(model_name_or_path=str(model), dataset_name=file, eval_dataset=file, **options)
+        trained = prepare_pairs(config, model=None, tokenizer=None, train=None, evaluation=None)
+        assert json.loads(report.read_text()) == json.loads(json.dumps(trained.report()["train"]))
+    assert "cut at the model's context of 256 tokens" in capsys.readouterr().out
+    whole = json.loads(report.read_text())["lengths"]
+    assert main(["check", file, "--model", str(model), "--json", str(report), "--no_append_eos"]) == 0
+    assert json.loads(report.read_text())["lengths"] == whole
+    assert main(["check", file, "--model", str(model), "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["lengths"] != whole
+    made[5]["prompt"] = [{"role": "user", "content": "red blue " * 200}]
+    assert main(["check", write(tmp_path / "b.jsonl", made), "--model", str(model)]) == 2
+    assert "leaves no room for an answer in the model's context of 256 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check", file, "--append_eos", "maybe"])
 
 
 def test_check_of_single_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

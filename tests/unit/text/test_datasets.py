@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 import tiny
-from prefkit.domains.text.datasets import TextData, prepare_completions, prepare_pairs, prompt_tokens
+from prefkit.domains.text import datasets
+from prefkit.domains.text.datasets import TextData, prepare_completions, prepare_pairs
 from prefkit.errors import InputError
 from prefkit.methods import dpo, sft
 from prefkit.records import Pair
@@ -126,9 +127,57 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_prompt_files(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    assert prompt_tokens("", tokenizer, 100) == []
+    found = prepare(ROWS, HELD, max_length=100)
+    assert found.online_prompts("") == []
     file = tiny.jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in ROWS[:3]])
-    assert prompt_tokens(str(file), tokenizer, 100) == [list(row.prompt) for row in prepare(ROWS, HELD).train[:3]]
-    with pytest.raises(InputError, match="max_length is 10"):
-        prompt_tokens(str(file), tokenizer, 10)
+    assert found.online_prompts(str(file)) == [list(row.prompt) for row in found.train[:3]]
+    long = [{"role": "user", "content": "red " * 60}]
+    file = tiny.jsonl(tmp_path / "prompts.jsonl", [{"prompt": ROWS[0]["prompt"]}, {"prompt": long}])
+    with pytest.raises(InputError, match="max_length is 100") as caught:
+        found.online_prompts(str(file))
+    assert caught.value.where == f"{file} line 2"
+
+
+def test_template_options_of_a_prompt_file_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ mood }}{% if tools %}{{ tools[0].name }}{% endif %}" + tokenizer.chat_template
+    config = dpo.Config()
+    found = prepare_pairs(config, model=tiny.model(), tokenizer=tokenizer, train=ROWS, evaluation=HELD)
+    calm = {"prompt": ROWS[0]["prompt"], "chat_template_kwargs": {"mood": "sun"}, "tools": [{"name": "moon"}]}
+    ids = found.online_prompts(str(tiny.jsonl(tmp_path / "prompts.jsonl", [calm])))[0]
+    assert tokenizer.decode(ids).startswith("sunmoon")
+
+
+def test_a_refused_prompt_names_file_and_line(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0]['content'] == 'bad' }}" + tokenizer.chat_template
+    found = prepare_pairs(dpo.Config(), model=tiny.model(), tokenizer=tokenizer, train=ROWS, evaluation=HELD)
+    content = [{"prompt": [{"role": "user", "content": text}]} for text in ("red", "bad")]
+    file = tiny.jsonl(tmp_path / "prompts.jsonl", content)
+    with pytest.raises(InputError, match=r"prompts\.jsonl line 2, field 'prompt': the chat template refuses"):
+        found.online_prompts(str(file))
+
+
+def test_packaged_data_gives_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "packaged_dataset", lambda name, seed: {"train": ROWS[seed:], "test": HELD})
+    found = prepare(ROWS, HELD, seed=3)
+    assert found.online_prompts("rotten-tomatoes") == [list(row.prompt) for row in found.train[3:]]
+
+
+def test_online_prompts_without_room_are_refused_with_their_row(tmp_path: Path) -> None:
+    long = [*ROWS[:2], {**ROWS[2], "prompt": [{"role": "user", "content": "red " * 60}]}, *ROWS[3:]]
+    file = tiny.jsonl(tmp_path / "pairs.jsonl", long)
+    with pytest.raises(InputError, match="no room for 200 new ones in the model's context of 256") as caught:
+        prepare(dataset_name=str(file), evaluation=HELD, max_new_tokens=200).online_prompts("")
+    assert caught.value.where == f"{file} line 3"
+    with pytest.raises(InputError) as caught:
+        prepare(ROWS, HELD, max_new_tokens=200).online_prompts(str(file))
+    assert caught.value.where == f"{file} line 3"
+
+
+def test_held_out_prompts_without_room_are_counted_and_do_not_stop_the_run() -> None:
+    held = [*HELD, {**HELD[0], "prompt": [{"role": "user", "content": "red " * 60}]}]
+    counted = "1 of 11 held-out prompts leave no room for 200 new tokens in the model's context of 256"
+    assert any(counted in line for line in prepare(ROWS, held, max_new_tokens=200).describe())
+    assert not any("no room" in line for line in prepare(ROWS, held).describe())
+    assert not any("no room" in line for line in prepare(ROWS, held, max_new_tokens=200, num_eval_prompts=0).describe())

@@ -22,6 +22,7 @@ from prefkit.domains.text.forecast import (
     training_products,
 )
 from prefkit.domains.text.memory import shape_of
+from prefkit.errors import InputError
 from prefkit.methods import dpo, hypo, reward, sft
 from prefkit.records import Completion, Example, Pair, Preference
 
@@ -118,6 +119,16 @@ def test_lora_bits_and_the_optimizer_show(base: Path) -> None:
     assert "LoRA of rank 16" in lora["model"] and "base in 8 bit" in lora["model"]
     assert "reference" not in lora["memory"]
     assert "1 evaluations" not in lora["time"] and "3 evaluations" in lora["time"]
+
+
+def test_the_modules_lora_adapts_are_counted(base: Path) -> None:
+    def trained(*targets: str) -> str:
+        return lines(dpo.Config(use_peft=True, lora_r=10, lora_target_modules=targets), base)["model"]
+
+    assert "1.28 k trained" in trained("q_proj")  # two layers, rank 10, 32 inputs and 32 outputs
+    assert "2.24 k trained" in trained("q_proj", "v_proj")
+    with pytest.raises(InputError, match="nonsense"):
+        trained("nonsense")
 
 
 def test_methods_without_samples_or_reference(base: Path) -> None:

@@ -13,7 +13,6 @@ from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding, TransformersSampler
 from prefkit.domains.text.tokenize import tokenize_pairs
 from prefkit.engine.world import World
-from prefkit.errors import InputError
 from prefkit.methods import dpo
 from prefkit.records import Pair, Preference
 
@@ -133,10 +132,11 @@ def test_no_prompts_give_no_rows() -> None:
     assert metrics.summarize_samples([]) == {} == metrics.summarize_pairs([])
 
 
-def test_a_prompt_past_the_context_is_refused_when_the_evaluation_is_made() -> None:
+def test_a_prompt_past_the_context_is_left_out_and_the_others_are_answered() -> None:
+    made, data = policy(), pairs()
     long = Pair(prompt=[5] * 251, chosen=[6], rejected=[7], source=Preference(prompt="", chosen="", rejected=""))
-    with pytest.raises(InputError, match="context of 256"):
-        evaluation(policy(), [long])
+    assert evaluation(made, [long])() == []
+    assert evaluation(made, [long, *data])() == evaluation(made, data)()
 
 
 @pytest.mark.parametrize(("size", "num"), [(1, 5), (2, 5), (3, 7), (4, 2), (2, 0)])

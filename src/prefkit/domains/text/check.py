@@ -102,8 +102,9 @@ def check(
 
     With a tokenizer every row is tokenized: borders, template, lengths in tokens, truncation; without one
     lengths are in characters. `evaluation`: rows that must not be trained on. `where` names the place of a
-    row (0-based), `problems` are those found while reading, `context` the tokens the model takes (0: any number). Empty answers and rows that cannot be tokenized
-    are errors; identical pairs (as text or, cut to max_length, as tokens) are left out of training, counted.
+    row (0-based), `problems` are those found while reading, `context` the tokens the model takes (0: any
+    number). Empty answers and rows that cannot be tokenized are errors; identical pairs (as text or, cut to
+    max_length, as tokens) are left out of training, counted.
     """
     settings = Settings(max_length, append_eos, long_prompts, context)
     found = _Findings(list(problems), where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from prefkit import assets
@@ -12,10 +13,13 @@ from prefkit.domains.text import loading, quantised
 from prefkit.domains.text.batches import hold_out, num_steps, process_slice, step_batches
 from prefkit.domains.text.check import Report, check
 from prefkit.domains.text.columns import parse_completions, parse_preferences, read_prompts
+from prefkit.domains.text.config import Sampling
 from prefkit.domains.text.files import Source
 from prefkit.domains.text.load import evaluation_split, load, splits
 from prefkit.domains.text.packaged import dataset as packaged_dataset
+from prefkit.domains.text.problems import Where
 from prefkit.domains.text.prompts import group_of
+from prefkit.domains.text.sampler import Decoding, fits
 from prefkit.domains.text.tokenize import tokenize_prompts
 from prefkit.engine import limits
 from prefkit.errors import InputError
@@ -48,6 +52,10 @@ class TextData(Generic[R]):
     selection: Sequence[R]
     checks: dict[str, Report]
     fingerprint: str
+    context: int
+    """most tokens the model takes, 0 for any number"""
+    where: Where
+    """the place of a training row in its file"""
 
     def report(self) -> dict[str, Any]:
         return {
@@ -66,11 +74,54 @@ class TextData(Generic[R]):
         if self.selection:
             chooses, reported = len(self.selection), len(self.test)
             lines.append(f"held-out rows that choose checkpoints: {chooses}; that are reported: {reported}")
+        lines += self._unanswered()
         for report in self.checks.values():
             lines += [f"{p.level}: {p.where}: {p.what}" for p in report.problems[:SHOWN]]
             if len(report.problems) > SHOWN:
                 lines.append(f"... {len(report.problems) - SHOWN} more in data.json, or by `prefkit data check`")
         return lines
+
+    def _unanswered(self) -> list[str]:
+        """A line on held-out prompts that evaluation draws no answer to, where there are any."""
+        draws = isinstance(self.config, Sampling)
+        if not draws or not self.config.num_eval_prompts:
+            return []
+        decoding = Decoding.of(self.config)
+        prompts = {tuple(row.prompt) for row in [*self.test, *self.selection]}
+        out = sum(not fits(len(prompt), decoding, self.context) for prompt in prompts)
+        if not out:
+            return []
+        return [
+            f"{out} of {len(prompts)} held-out prompts leave no room for {decoding.max_new_tokens} new tokens in the "
+            f"model's context of {self.context}: evaluation draws no answers to them"
+        ]
+
+    def online_prompts(self, name: str) -> list[list[int]]:
+        """The prompts of the file or data set `name` in token ids; empty for no name: the training rows' own are used.
+
+        Raises InputError, naming file and row, where a prompt leaves no room for an answer of max_new_tokens.
+        """
+        decoding = Decoding.of(self.config)
+        if not name:
+            for row in self.train:
+                _check_room(len(row.prompt), decoding, self.context, where=self.where(row.source.row))
+            return []
+        prompts = read_prompts(_packaged(name, self.config.seed))
+        tokens = tokenize_prompts(
+            self.tokenizer,
+            [prompt.prompt for prompt in prompts],
+            extras=[prompt.extra for prompt in prompts],
+            where=lambda place: prompts[place].where,
+        )
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if len(ids) >= self.config.max_length:
+                raise InputError(
+                    f"the prompt has {len(ids)} tokens, max_length is {self.config.max_length}",
+                    where=prompt.where,
+                    mend="shorten it or raise --max_length",
+                )
+            _check_room(len(ids), decoding, self.context, where=prompt.where)
+        return tokens
 
     def forecast(self) -> Sequence[str]:
         from prefkit.domains.text.forecast import forecast
@@ -123,20 +174,19 @@ def prepare_completions(config: Any, *, model: Any, tokenizer: Any, train: Any, 
     return _prepare(config, "completions", model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
 
 
-def prompt_tokens(name: str, tokenizer: Any, max_length: int) -> list[list[int]]:
-    """The prompts of a prompt file in token ids; empty for no name. Raises InputError for one over max_length."""
-    if not name:
-        return []
-    prompts = read_prompts(name)
-    tokens = tokenize_prompts(tokenizer, [prompt.prompt for prompt in prompts])
-    for prompt, ids in zip(prompts, tokens, strict=True):
-        if len(ids) >= max_length:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, max_length is {max_length}",
-                where=f"{name} row {prompt.row + 1}",
-                mend="shorten it or raise --max_length",
-            )
-    return tokens
+def _packaged(name: str, seed: int) -> Any:
+    """The training rows of a packaged data set; any other name as it is."""
+    return packaged_dataset(name, seed)["train"] if name in assets.ASSETS and not Path(name).exists() else name
+
+
+def _check_room(tokens: int, decoding: Decoding, context: int, *, where: str) -> None:
+    if not fits(tokens, decoding, context):
+        raise InputError(
+            f"the prompt has {tokens} tokens, which leaves no room for {decoding.max_new_tokens} new ones in the "
+            f"model's context of {context}",
+            where=where,
+            mend="shorten or drop it, or lower --max_new_tokens",
+        )
 
 
 def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Any]:
@@ -155,10 +205,11 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
     else:
         held_rows, held_problems = parse(held)
         held_name, held_where = held.name, held.path_of_row
+    context = loading.context(config, model)
     settings = {
         "tokenizer": tokenizer,
         "max_length": config.max_length,
-        "context": loading.context(config, model),
+        "context": context,
         "append_eos": config.append_eos,
         "long_prompts": config.long_prompts,
     }
@@ -186,6 +237,8 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
         selection=selection,
         checks=checks,
         fingerprint=digest,
+        context=context,
+        where=source.path_of_row,
     )
 
 

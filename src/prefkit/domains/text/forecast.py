@@ -229,7 +229,9 @@ class _Plan:
     @property
     def trained(self) -> int:
         """Number of weights that train."""
-        return self.shape.linear * self.options["lora_r"] if self.lora else self.shape.parameters
+        if not self.lora:
+            return self.shape.parameters
+        return self.shape.rank(self.options["lora_target_modules"]) * self.options["lora_r"]
 
     @property
     def bits(self) -> Literal[0, 4, 8]:
@@ -257,6 +259,7 @@ class _Plan:
             answer=max(load.longest_answer, tokens if load.drawn else 0),
             trained="lora" if self.lora else "all",
             lora_r=options["lora_r"],
+            targets=options["lora_target_modules"],
             dtype=DTYPE_NAMES[self.dtype],
             checkpointing=options["gradient_checkpointing"],
             reference=load.reference,

@@ -14,7 +14,8 @@ Parameters are counted exactly, on a model built without storage. The rest is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from prefkit.errors import InputError
@@ -42,6 +43,21 @@ class Shape:
     """weights of those linear layers: every token of a forward pass is multiplied by each of them once"""
     key_values: int = 0
     """keys and values kept for each token, over all layers"""
+    sides: Mapping[str, int] = field(default_factory=dict[str, int])
+    """inputs + outputs by name, of every layer an adapter can attach to, head and embeddings included"""
+
+    def rank(self, targets: Sequence[str]) -> int:
+        """Weights of one rank of LoRA on `targets`, named as `--lora_target_modules`; InputError where none is."""
+        if list(targets) == ["all-linear"]:
+            return self.linear
+        found = [side for name, side in self.sides.items() if any(f".{name}".endswith(f".{one}") for one in targets)]
+        if not found:
+            raise InputError(
+                f"LoRA cannot be put on {list(targets)}: {self.name} has no such layers",
+                where="--lora_target_modules",
+                mend="name linear modules of this model, or all-linear",
+            )
+        return sum(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +98,7 @@ def shape_of_config(config: PretrainedConfig, *, name: str = "") -> Shape:
     """Count parameters on a model without storage. Raises InputError where it is no causal LM."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     try:
         with torch.device("meta"):
@@ -89,20 +106,28 @@ def shape_of_config(config: PretrainedConfig, *, name: str = "") -> Shape:
     except ValueError as error:
         raise InputError("is no causal language model", where=name, mend="name a causal LM") from error
     head = model.get_output_embeddings()
-    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    sides: dict[str, int] = {}
+    linear: dict[str, torch.nn.Module] = {}
+    for part_name, part in model.named_modules():
+        # GPT-2's own linear layer keeps its weight the other way round; an adapter attaches to it all the same
+        if isinstance(part, torch.nn.Linear | torch.nn.Embedding | Conv1D):
+            sides[part_name] = sum(part.weight.shape)
+            if part is not head and not isinstance(part, torch.nn.Embedding):
+                linear[part_name] = part
     text = config.get_text_config()
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         name=name,
         parameters=sum(weight.numel() for weight in model.parameters()),
-        linear=sum(part.in_features + part.out_features for part in linear),
+        linear=sum(sides[part] for part in linear),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", 0) or 0,
-        body=sum(part.weight.numel() for part in linear),
+        body=sum(part.weight.numel() for part in linear.values() if isinstance(part.weight, torch.Tensor)),
+        sides=sides,
         key_values=2 * text.num_hidden_layers * head * (getattr(text, "num_key_value_heads", None) or heads),
     )
 
@@ -115,6 +140,7 @@ def forecast(
     answer: int | None = None,
     trained: Literal["all", "lora"] = "all",
     lora_r: int = 16,
+    targets: Sequence[str] = ("all-linear",),
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     checkpointing: bool = False,
     reference: bool = True,
@@ -125,12 +151,13 @@ def forecast(
     """Bytes of one optimizer step.
 
     `rows`: sequences per forward pass (two for each pair); `length`: tokens of the longest; `answer`: how
-    many of them are scored (default: all); `bits` of quantised base weights; `moments`: bytes of optimizer
-    state per trained weight; `sampled`: tokens, prompts included, of the answers drawn at once.
+    many of them are scored (default: all); `targets`: layers LoRA adapts; `bits` of quantised base weights;
+    `moments`: bytes of optimizer state per trained weight; `sampled`: tokens, prompts included, of the answers
+    drawn at once. Raises InputError where LoRA finds no layer.
     """
     size = 4 if dtype == "float32" else 2
     lora = trained == "lora"
-    moving = shape.linear * lora_r if lora else shape.parameters
+    moving = shape.rank(targets) * lora_r if lora else shape.parameters
     tokens = rows * length
     per_layer = tokens * (17 * shape.hidden + 3 * shape.inner) * size
     kept = per_layer * shape.layers

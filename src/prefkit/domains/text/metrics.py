@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import group_of, last_content, plain
-from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
+from prefkit.domains.text.sampler import Decoding, Sampler, context_of, fits
 from prefkit.engine.world import World
 from prefkit.protocols import Gold
 from prefkit.records import Example, Group, Pair, Preference, Sample
@@ -114,16 +114,17 @@ class SampleEvaluation:
         seed: int,
         judges: Mapping[str, Gold],
         batch_size: int,
+        most: int | None = None,
     ) -> None:
+        """Of `prompts`, one row for each prompt that fits the context is answered, `most` at most."""
         self.policy = policy
         self.sampler = sampler
-        self.prompts = prompts
+        self.prompts = answerable(prompts, decoding, context_of(policy))[:most]
         self.decoding = decoding
         self.seed = seed
         self.judges = judges
         self.batch_size = batch_size
         self._references: dict[str, list[float]] = {}
-        check_prompts(policy, [row.prompt for row in prompts], decoding)
 
     @torch.no_grad()
     def __call__(self) -> list[dict[str, Any]]:
@@ -186,6 +187,12 @@ class SampleEvaluation:
             "length": len(sample.tokens),
             "finished": sample.finished,
         }
+
+
+def answerable(rows: Sequence[Pair] | Sequence[Example], decoding: Decoding, context: int) -> list[Pair | Example]:
+    """One row for each prompt that a longest answer fits behind, in order: evaluation does without the others."""
+    one_per_prompt = {tuple(row.prompt): row for row in rows}.values()
+    return [row for row in one_per_prompt if fits(len(row.prompt), decoding, context)]
 
 
 def summarize_samples(rows: Sequence[dict[str, Any]], judges: Sequence[str] = ()) -> dict[str, float]:

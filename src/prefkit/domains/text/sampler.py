@@ -14,7 +14,6 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from prefkit.domains.text import loading
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.quantised import evaluating
 from prefkit.domains.text.render import stop_tokens
@@ -216,13 +215,23 @@ def _plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = settings
 
 
+def context_of(policy: TextPolicy) -> int:
+    """Most tokens the model takes, prompt and answer together; 0 where its config names no limit."""
+    return int(getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None) or 0)
+
+
+def fits(prompt: int, decoding: Decoding, context: int) -> bool:
+    """Whether a longest answer fits behind a prompt of so many tokens; `context` 0 holds any number."""
+    return not context or prompt + decoding.max_new_tokens <= context
+
+
 def check_prompts(policy: TextPolicy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
     """Raises InputError for an empty prompt, or where a prompt and a longest answer do not fit the model's context."""
     if any(not prompt for prompt in prompts):
         raise InputError(f"prompt {[not p for p in prompts].index(True)} is empty", mend="give it some text")
-    context = loading.context_of(causal_lm(policy.model).config)
+    context = context_of(policy)
     longest = max(map(len, prompts), default=0)
-    if context and longest + decoding.max_new_tokens > context:
+    if not fits(longest, decoding, context):
         raise InputError(
             f"a prompt of {longest} tokens and max_new_tokens {decoding.max_new_tokens} pass the model's "
             f"context of {context} tokens",
