@@ -103,8 +103,8 @@ def quiet() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
-        # Threads that spin while they wait slow a run several times where another program wants the same cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Threads that spin long while they wait slow a run several times where others want the same cores.
+        "GOMP_SPINCOUNT": "20000",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
