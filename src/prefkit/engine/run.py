@@ -59,6 +59,7 @@ class Run:
         self._in_step = self._best_now = self._looked = False
         self._row = Row()
         self._per_epoch: float | None = None
+        self._stop = ""
         self._last_saved = self._selected = -1
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._bar: Bar | None = None
