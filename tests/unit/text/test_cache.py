@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,10 +95,18 @@ def test_more_rows_are_computed_again(tmp_path: Path) -> None:
     assert scorer.sizes == [4, 4, 3]
 
 
-def test_only_the_writer_writes(tmp_path: Path) -> None:
-    groups = [pair.group for pair in pairs()]
-    reference_table(tmp_path / "table", groups, {}, score=Calls(policy()), batch_size=4, say=print, world=World.start())
-    assert not list(tmp_path.iterdir())
+class SecondProcess(World):
+    """Not the main process; the main one found no file."""
+
+    def on_main(self, work: Any) -> Any:
+        return None, ""
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    groups, scorer = [pair.group for pair in pairs()], Calls(policy())
+    second = SecondProcess(rank=1, size=2, device=torch.device("cpu"))
+    reference_table(tmp_path / "table", groups, {}, score=scorer, batch_size=4, say=print, world=second)
+    assert scorer.sizes == [4, 3] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "not ours", "other table"])

@@ -156,8 +156,9 @@ def test_an_adapted_model_in_memory_is_refused() -> None:
 def test_names_and_what_they_stand_for(tmp_path: Path) -> None:
     base = tiny.folder(tmp_path / "base")
     assert loading.resolve(str(base)) == str(base)
-    assert loading.resolve("owner/name") == "owner/name"
-    for wrong in ("", "nowhere", "/nowhere/at/all", "./x", "a/b/c"):
+    for on_the_hub in ("owner/name", "gpt2"):
+        assert loading.resolve(on_the_hub) == on_the_hub
+    for wrong in ("", "/nowhere/at/all", "./x", "a/b/c"):
         with pytest.raises(InputError):
             loading.resolve(wrong)
     run = tmp_path / "run"
