@@ -168,6 +168,9 @@ def test_names_and_what_they_stand_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no final model yet"):
         loading.resolve(str(run))
     base.rename(run / "model")
+    with pytest.raises(InputError, match="no final model yet"):  # one of an earlier total, until the run has ended
+        loading.resolve(str(run))
+    (run / "result.json").write_text("{}")
     assert loading.resolve(str(run)) == str(run / "model")
 
 
