@@ -34,7 +34,11 @@ INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and leaves with its exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    world = sys.modules.get("prefkit.engine.world")  # there only if the command needed it: no torch for --help
+    if world is not None:
+        world.leave(code)
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ def watched(self, module, *args, **kwargs):
     kinds = {isinstance(weight, DTensor) for weight in module.parameters()}
     print("SHARDED", sorted(kinds), flush=True)
 learner.Learner.__init__ = watched
-sys.exit(cli.run([*sys.argv[1:], "--debug"]))
+cli.main([*sys.argv[1:], "--debug"])
 """
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm.auto
+import tqdm.std
 
 import tiny
 from method_runs import Inputs, assert_same_state, run
@@ -55,6 +58,9 @@ def start(arguments: list[str], seed: int) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
+        # Progress bars lock across forks, and a child killed inside that lock would stop its parent for good.
+        for bars in (tqdm.auto.tqdm, tqdm.std.tqdm):
+            bars.set_lock(threading.RLock())
         slowed(seed)
         code = cli.run(arguments)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -86,6 +87,15 @@ class World:
         dist.all_gather_object(boxes, list(rows))
         return [row for box in boxes for row in (box or [])]
 
+    @property
+    def in_step(self) -> bool:
+        """Whether every process must run as many forward passes as the others: sharded weights are gathered in each."""
+        return self.sharded or self.zero > 0
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return max(self.gather_objects([number]))
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:
@@ -105,6 +115,21 @@ class World:
         if failure is not None:
             raise InputError(failure[0], where=failure[1], mend=failure[2])
         return cast(T, result)
+
+
+def leave(code: int) -> None:
+    """End this process at once if it is one of several: its work is done and its files are closed.
+
+    The threads of the process group outlive Python's own shutdown, and now and then one that is still waking up then
+    aborts a process that had finished well. A single process has none: nothing happens, the caller leaves as usual.
+    """
+    if not dist.is_initialized():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if code == 0:  # after a failure the others may never come
+        dist.destroy_process_group()
+    os._exit(code)
 
 
 def _asked(variable: str) -> bool:
