@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefkit.engine import sharding
+from prefkit.engine import sharding, world
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.learner import Learner
 from prefkit.engine.run import Run
@@ -96,19 +98,26 @@ def batches(step: int, world: World) -> list[Tensor]:
     return list(rows.chunk(world.size)[world.rank].split(2))
 
 
-def sample(module: Any, prompts: Tensor) -> tuple[list[list[int]], int]:
-    """Greedy answers, and how many all-gathers the tokens cost after the weights were gathered."""
-    count = [0]
+@contextmanager
+def counted_gathers() -> Iterator[list[int]]:
+    """[all-gathers of any unit, those of the unit that holds the embedding and the head] inside the block."""
+    count = [0, 0]
     original = _fsdp_param_group.foreach_all_gather
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(params: Any, *args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        return original(*args, **kwargs)
+        count[1] += any(param._orig_size[0] == 61 for param in params)
+        return original(params, *args, **kwargs)
 
     _fsdp_param_group.foreach_all_gather = counted
-    with sharding.gathered(module), torch.no_grad():
-        answers = module.generate(input_ids=prompts, max_new_tokens=6, do_sample=False)
+    yield count
     _fsdp_param_group.foreach_all_gather = original
+
+
+def sample(module: Any, prompts: Tensor) -> tuple[list[list[int]], int]:
+    """Greedy answers, and how many all-gathers the tokens cost after the weights were gathered."""
+    with counted_gathers() as count, sharding.gathered(module), torch.no_grad():
+        answers = module.generate(input_ids=prompts, max_new_tokens=6, do_sample=False)
     return answers.tolist(), count[0]
 
 
@@ -136,7 +145,8 @@ def main() -> None:
 
         learner._optimizer.step = step_and_keep  # type: ignore[method-assign]
         for step in run.steps(STEPS):
-            run.log(learner.update(batches(step, run.world), lambda tokens: compute(module, tokens)))
+            with counted_gathers() as in_step:
+                run.log(learner.update(batches(step, run.world), lambda tokens: compute(module, tokens)))
             if step == 3:
                 sample(module, torch.tensor([[5, 6, 7]]))  # must leave no trace in the training
             if step == arguments.stop_after:
@@ -150,10 +160,17 @@ def main() -> None:
         out = Path(arguments.output_dir)
         save_file({name: value.contiguous().clone() for name, value in state.items()}, out / "state.safetensors")
         save_file({name: value.contiguous() for name, value in gradients.items()}, out / "gradients.safetensors")
-        facts = {"answers": answers, "again": again, "gathers": gathers, "sharded": sorted(kinds)}
+        facts = {
+            "answers": answers,
+            "again": again,
+            "gathers": gathers,
+            "head_gathers": in_step[1],
+            "sharded": sorted(kinds),
+        }
         facts["units"] = len(sharding.repeated_blocks(module)) + 1
         (out / "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
     main()
+    world.leave(0)

@@ -87,6 +87,7 @@ def test_fsdp2_equals_one_process_and_samples_from_weights_gathered_once(ran) ->
     assert facts(two)["answers"] == facts(one)["answers"] == facts(two)["again"]
     # six tokens were sampled: a gather per token would have cost six times the units
     assert facts(two)["gathers"] == facts(two)["units"] == 4
+    assert facts(two)["head_gathers"] == 1, "once a step, whatever the number of forward passes"
 
 
 def test_an_fsdp2_checkpoint_is_an_ordinary_model_folder(ran) -> None:

@@ -89,9 +89,21 @@ def cpu_model() -> str:
 
 def memory_gib() -> float | None:
     """Physical memory in GiB; None where the system does not tell."""
+    found = _physical_memory()
+    return None if found is None else round(found / 2**30, 1)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the device in bytes; 8 GiB is assumed where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return _physical_memory() or 8 * 2**30
+
+
+def _physical_memory() -> int | None:
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _versions() -> dict[str, str]:

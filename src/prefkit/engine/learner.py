@@ -36,6 +36,7 @@ class Learner:
         Raises InputError when nothing is trainable, and for an optimizer that is unknown or not installed.
         """
         self._config, self._world, self._total = config, world, total_steps
+        self._module = module
         self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         if not self._weights:
             raise InputError("nothing is trainable: every weight is frozen", mend="train a LoRA adapter (--use_peft)")
@@ -89,6 +90,7 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         for number, batch in enumerate(batches, start=1):
+            sharding.keep_whole(self._module, number < len(batches))
             losses, metrics = compute(batch) if self._zero is None else self._zero.losses(compute, batch)
             assert losses.ndim == 1, f"compute must give one loss per example, not shape {tuple(losses.shape)}"
             if self._zero is None:

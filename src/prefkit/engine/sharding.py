@@ -44,7 +44,9 @@ def shard(module: nn.Module, world: World) -> nn.Module:
     mesh = init_device_mesh(world.device.type, (world.size,))
     units = [*repeated_blocks(module), module]
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        # What no block holds (embeddings, head) stays whole from its forward to its backward pass: the largest matrix
+        # is gathered once, not twice.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not module)
     for unit in units:
         assert isinstance(unit, FSDPModule)
         # the learner divides by the global weight itself, so gradients are summed, not averaged
@@ -75,6 +77,14 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def keep_whole(module: nn.Module, keep: bool) -> None:
+    """Whether what no block holds stays whole after the next backward pass: another pass follows, and would gather it
+    again. Nothing for a module that is not sharded.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_reshard_after_backward(not keep, recurse=False)
+
+
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
@@ -102,7 +112,7 @@ def gathered(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
             unit.reshard()
         _gathered.discard(module)
 

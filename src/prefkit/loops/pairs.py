@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text.batches import micro_batches, step_batches
+from prefkit.domains.text.attention import own_attention
+from prefkit.domains.text.batches import step_batches
 from prefkit.domains.text.cache import Key, reference_table, tokens_fingerprint
 from prefkit.domains.text.datasets import TextData
 from prefkit.domains.text.generators import sampler_for
@@ -21,6 +22,7 @@ from prefkit.domains.text.metrics import (
     summarize_pairs,
     summarize_samples,
 )
+from prefkit.domains.text.packing import num_tokens, passes
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding, Sampler, check_prompts
 from prefkit.domains.text.scoring import causal_lm
@@ -54,6 +56,8 @@ class PairScores:
     num_chosen_tokens: Tensor
     state_kl: Tensor | None = None
     """(b, 2, t): exact KL of each next-token distribution along the stored answers, where asked for"""
+    token_metrics: Metrics = field(default_factory=dict[str, Tensor])
+    """entropy and accuracy of the stored answers' tokens, where asked for"""
 
 
 Objective = Callable[[PairScores, Sequence[Item], TextPolicy], tuple[Tensor, Metrics]]
@@ -63,6 +67,9 @@ Objective = Callable[[PairScores, Sequence[Item], TextPolicy], tuple[Tensor, Met
 KINDS: dict[str, Kind] = {"sigmoid": Logistic(), "ipo": Ipo(), "hinge": Hinge()}
 """loss on the margin by the name `--loss_type` takes"""
 
+
+REFERENCE_ROWS = 4
+"""rows of a reference pass for each row of a training pass"""
 
 LIMITS = {
     "beta": limits.ABOVE_0,
@@ -178,26 +185,30 @@ class PairTask:
                 rows=range(first, first + len(pairs)),
             )
         items = [Item(row, pair, own) for row, pair, own in zip(rows, pairs, samples, strict=True)]
-        return [[items[i] for i in places] for places in micro_batches(range(len(items)), self.micro)]
+        sizes = [num_tokens(item.pair.group) + _own_tokens(item) for item in items]
+        agree = self.policy.world.most if self.policy.world.in_step else None
+        places = passes(sizes, rows=self.micro, budget=self.config.tokens_per_batch, agree=agree)
+        return [[items[i] for i in piece] for piece in places]
 
     def compute(self, batch: Sequence[Item]) -> tuple[Tensor, Metrics]:
         scores = self.score(batch)
         losses, metrics = self.objective(scores, batch, self.policy)
         log_probs = torch.stack([scores.chosen, scores.rejected], dim=1)
         reference = torch.stack([scores.ref_chosen, scores.ref_rejected], dim=1)
-        return losses, {**pair_metrics(log_probs, reference, self.config.beta), **metrics}
+        rewards = pair_metrics(log_probs, reference, self.config.beta)
+        return losses, {**rewards, **scores.token_metrics, **metrics}
 
     def score(self, batch: Sequence[Item]) -> PairScores:
         """Policy and reference log-probs of a micro-batch's stored pairs."""
         groups = [item.pair.group for item in batch]
-        state_kl = None
+        state_kl, token_metrics = None, {}
         if self.with_state_kl:
             tokens, reference_tokens, kl = self.policy.state_kl(groups)
             log_probs = tokens.sum(-1).view(len(groups), 2)
             reference = reference_tokens.sum(-1).view(len(groups), 2)
             state_kl = kl.view(len(groups), 2, -1)
         else:
-            log_probs = self.policy.log_probs(groups)
+            log_probs, token_metrics = self._log_probs(groups)
             if self.reference is not None:
                 reference = self.reference[[item.index for item in batch]].to(log_probs.device)
             else:
@@ -209,7 +220,17 @@ class PairTask:
             ref_rejected=reference[:, 1],
             num_chosen_tokens=torch.tensor([len(item.pair.chosen) for item in batch], device=log_probs.device),
             state_kl=state_kl,
+            token_metrics=token_metrics,
         )
+
+    def _log_probs(self, groups: Sequence[Group]) -> tuple[Tensor, Metrics]:
+        """(b, 2) log-probs of stored answers and, where they are logged, the means over each pair's tokens."""
+        if not self.config.log_token_metrics:
+            return self.policy.log_probs(groups), {}
+        log_probs, *details = (each.view(len(groups), 2, -1) for each in self.policy.token_details(groups))
+        lengths = torch.tensor([num_tokens(group) - len(group.prompt) for group in groups], device=log_probs.device)
+        entropy, top1 = (each.sum((1, 2)) / lengths for each in details)
+        return log_probs.sum(-1), {"entropy": entropy, "mean_token_accuracy": top1}
 
     def weight(self, batch: Sequence[Item]) -> float:
         return float(len(batch))
@@ -234,7 +255,8 @@ def cached_reference(policy: TextPolicy, pairs: Sequence[Pair], path: Path, *, b
         "model": policy.fingerprint,
         "reference": policy.reference.name,
         "data, tokenizer or template": tokens_fingerprint(groups),
-        "attention": str(causal_lm(policy.model).config._attn_implementation),
+        "attention": own_attention(causal_lm(policy.model).config),
+        "scoring backend": policy.module.backend,
         "dtype": str(policy.dtype),
         "batch size": str(batch_size),
     }
@@ -247,6 +269,11 @@ def cached_reference(policy: TextPolicy, pairs: Sequence[Pair], path: Path, *, b
         say=say,
         world=policy.world,
     )
+
+
+def _own_tokens(item: Item) -> int:
+    """Tokens that scoring an item's fresh answers adds to a forward pass."""
+    return num_tokens(own_groups([item])[0]) if item.samples else 0
 
 
 def own_groups(items: Sequence[Item]) -> list[Group]:
@@ -272,8 +299,9 @@ def pair_task(
     # With an offline KL the reference's whole distributions are needed, which no cache holds.
     if config.precompute_ref_log_probs and not config.offline_kl_weight:
         path = run.directory / "reference.safetensors"
-        micro = config.per_device_train_batch_size
-        reference = cached_reference(policy, data.train, path, batch_size=micro, say=run.say)
+        # Without gradients a forward pass holds far less, so that more rows share one.
+        rows = REFERENCE_ROWS * config.per_device_train_batch_size
+        reference = cached_reference(policy, data.train, path, batch_size=rows, say=run.say)
     return PairTask(
         policy=policy,
         sampler=sampler_for(policy, config),

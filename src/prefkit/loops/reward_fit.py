@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text.batches import micro_batches
 from prefkit.domains.text.metrics import in_order, spread, summarize_pairs
+from prefkit.domains.text.packing import num_tokens, passes
 from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.reward import RewardModel
 from prefkit.protocols import Metrics, Trackable
@@ -49,7 +49,11 @@ class RewardTask:
         return {"policy": _Tracked(self.reward)}
 
     def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[Pair]]:
-        return [[self.pairs[row] for row in piece] for piece in micro_batches(rows, self.micro)]
+        pairs = [self.pairs[row] for row in rows]
+        agree = self.reward.world.most if self.reward.world.in_step else None
+        sizes = [num_tokens(pair.group) for pair in pairs]
+        places = passes(sizes, rows=self.micro, budget=self.config.tokens_per_batch, agree=agree)
+        return [[pairs[i] for i in piece] for piece in places]
 
     def compute(self, batch: Sequence[Pair]) -> tuple[Tensor, Metrics]:
         rewards = self.reward.rewards([pair.group for pair in batch])

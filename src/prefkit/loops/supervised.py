@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text.batches import micro_batches
 from prefkit.domains.text.metrics import SampleEvaluation, in_order, spread, summarize_samples
+from prefkit.domains.text.packing import num_tokens, passes
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.sampler import Decoding, Sampler
@@ -41,11 +41,25 @@ class SupervisedTask:
         return {"policy": self.policy}
 
     def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[Example]]:
-        return [[self.examples[row] for row in piece] for piece in micro_batches(rows, self.micro)]
+        examples = [self.examples[row] for row in rows]
+        agree = self.policy.world.most if self.policy.world.in_step else None
+        sizes = [num_tokens(example.group) for example in examples]
+        places = passes(sizes, rows=self.micro, budget=self.config.tokens_per_batch, agree=agree)
+        return [[examples[i] for i in piece] for piece in places]
 
     def compute(self, batch: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        log_probs = self.policy.log_probs([example.group for example in batch])[:, 0]
-        return -log_probs, {"logps/completion": log_probs.detach()}
+        groups = [example.group for example in batch]
+        if not self.config.log_token_metrics:
+            log_probs = self.policy.log_probs(groups)[:, 0]
+            return -log_probs, {"logps/completion": log_probs.detach()}
+        tokens, entropy, top1 = self.policy.token_details(groups)
+        lengths = torch.tensor([len(example.completion) for example in batch], device=tokens.device)
+        log_probs = tokens.sum(-1)
+        return -log_probs, {
+            "logps/completion": log_probs.detach(),
+            "entropy": entropy.sum(-1) / lengths,
+            "mean_token_accuracy": top1.sum(-1) / lengths,
+        }
 
     def weight(self, batch: Sequence[Example]) -> float:
         return float(sum(len(example.completion) for example in batch))

@@ -22,6 +22,7 @@ from torch import Tensor
 from prefkit.domains.text.cache import tokens_fingerprint
 from prefkit.domains.text.config import Data, Lora, Model, Sampling
 from prefkit.domains.text.datasets import prepare_pairs
+from prefkit.domains.text.packing import check_budget
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.sampler import Decoding
 from prefkit.engine.config import Optimisation, Output, Selection
@@ -154,6 +155,14 @@ def run(
         return losses + extra_terms(config, scores), metrics
 
     prompts = data.online_prompts(config.prompt_dataset) if config.kl_weight else []
+    if config.kl_weight:
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        check_budget(
+            [pair.group for pair in data.train],
+            config.tokens_per_batch,
+            where=lambda index: data.where(data.train[index].source.row),
+            more=lambda group: config.num_generations * config.max_new_tokens + (longest or len(group.prompt)),
+        )
 
     def task(run: Run) -> PairTask:
         own = None

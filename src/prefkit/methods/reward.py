@@ -68,6 +68,7 @@ def run(
     def task(run: Run) -> RewardTask:
         reward = RewardModel.create(config, run.world, model=model, tokenizer=data.tokenizer)
         run.fingerprint(model=reward.fingerprint)
+        run.say(reward.module.how)
         return RewardTask(reward=reward, pairs=data.train, test=data.test, selection=data.selection, config=config)
 
     return run_task(config, "reward", data, task)

@@ -60,6 +60,8 @@ METRICS: dict[str, Metric] = {
         "higher",
         0.5,
     ),
+    "entropy": Metric("Entropy", "mean entropy of the next-token distributions along the stored answers, in nats"),
+    "mean_token_accuracy": Metric("Token accuracy", "share of stored answer tokens that are the likeliest", "higher"),
     "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),
     "val/contain_eos_token": Metric("Finished answers", "share of own answers that ended before the token limit"),
 }

@@ -147,9 +147,9 @@ def test_one_token_prompts_and_answers() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     made = policy()
-    with pytest.raises(ValueError, match="answer 1 of the batch has an empty prompt"):
+    with pytest.raises(ValueError, match="group 1 of the batch has an empty prompt"):
         made.log_probs([Group([4], [[9]]), Group([], [[9]])])
-    with pytest.raises(ValueError, match="answer 1 of the batch has an empty answer"):
+    with pytest.raises(ValueError, match="group 0 of the batch has an empty answer"):
         made.log_probs([Group([4], [[9], []])])
     with pytest.raises(ValueError, match=r"same number of answers, not \[1, 2\]"):
         made.log_probs([Group([4], [[9]]), Group([4], [[9], [8]])])
@@ -163,29 +163,37 @@ def test_a_temperature_divides_the_final_logits(family: str) -> None:
     assert (ours - made.log_probs(batch)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 10_000])
-def test_a_chunked_head_gives_the_same_values_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, batch = policy("gemma2"), groups()
+def test_a_chunked_head_gives_the_same_values_and_gradients(rows: int, adapted: bool) -> None:
+    """`adapted`: a head with an adapter on it, which takes the general path."""
+    options = {"use_peft": True, "lora_target_modules": ("q_proj", "lm_head")} if adapted else {}
+    made, batch = policy("llama" if adapted else "gemma2", **options), groups()
     whole = made.log_probs(batch)
     whole[:, 0].sub(whole[:, 1]).sum().backward()
     expected = gradients(made)
-    calls: list[int] = []
-    original = scoring.LanguageModel._log_softmax
-
-    def counted(self: Any, hidden: Tensor, temperature: float) -> Tensor:
-        calls.append(len(hidden))
-        return original(self, hidden, temperature)
-
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", rows * 320)
-    monkeypatch.setattr(scoring.LanguageModel, "_log_softmax", counted)
+    made.module.chunk = rows
+    with torch.no_grad():
+        torch.testing.assert_close(made.log_probs(batch), whole, rtol=1e-6, atol=1e-5)
     chunked = made.log_probs(batch)
-    assert max(calls) <= rows
-    assert sum(calls) == sum(len(a) for g in batch for a in g.answers)
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-5)
     chunked[:, 0].sub(chunked[:, 1]).sum().backward()
     assert_same_gradients(expected, gradients(made), 1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(made.log_probs(batch), whole, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_entropy_and_hits_come_from_the_same_pass(adapted: bool) -> None:
+    options = {"use_peft": True, "lora_target_modules": ("q_proj", "lm_head")} if adapted else {}
+    made, batch = policy(**options), groups()
+    first = made.module(scoring.lay_out(batch, 0), distributions=True)[0].argmax()
+    batch[0] = Group(batch[0].prompt, [[int(first), 9], *batch[0].answers[1:]])  # one hit at least
+    tokens, entropy, top1 = made.token_details(batch)
+    torch.testing.assert_close(tokens, made.token_log_probs(batch))
+    layout = made.module.lay_out(batch, pad=0, device="cpu")
+    rows = made.module(layout, distributions=True)
+    torch.testing.assert_close(entropy.flatten()[layout.slots], -(rows.exp() * rows).sum(-1))
+    assert torch.equal(top1.flatten()[layout.slots], (rows.argmax(-1) == layout.targets).float())
+    assert not entropy.requires_grad and 0 < top1.sum() < len(layout.targets)
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

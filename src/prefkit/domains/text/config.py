@@ -26,6 +26,10 @@ class Model:
     """recompute activations in the backward pass: less memory, more time"""
     attn_implementation: str = ""
     """attention kernel for transformers; empty lets it choose"""
+    log_token_metrics: bool = False
+    """also log entropy and mean_token_accuracy of the stored answers (a further pass over the logits)"""
+    scoring_backend: Literal["auto", "sdpa", "flex", "padded"] = "auto"
+    """how answers are scored: packed rows with each prompt once (sdpa, flex), or padded rows; auto takes what works"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class Data:
     """use at most this many training rows; 0 uses all"""
     max_length: int = 1024
     """prompt + answer tokens; longer answers are cut, marked, and get no end-of-sequence token"""
+    tokens_per_batch: int = 0
+    """most tokens in a forward pass, into which a step's rows are packed; 0: per_device_train_batch_size rows a pass"""
     long_prompts: Literal["refuse", "drop"] = "refuse"
     """what to do with a row whose prompt leaves no room for an answer"""
     append_eos: bool = True

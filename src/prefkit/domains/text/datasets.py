@@ -17,6 +17,7 @@ from prefkit.domains.text.config import Sampling
 from prefkit.domains.text.files import Source
 from prefkit.domains.text.load import evaluation_split, load, splits
 from prefkit.domains.text.packaged import dataset as packaged_dataset
+from prefkit.domains.text.packing import check_budget
 from prefkit.domains.text.problems import Where
 from prefkit.domains.text.prompts import group_of
 from prefkit.domains.text.sampler import Decoding, fits
@@ -30,6 +31,7 @@ LIMITS = {
     "lora_r": limits.AT_LEAST_1,
     "lora_alpha": limits.ABOVE_0,
     "num_train_samples": limits.NOT_BELOW_0,
+    "tokens_per_batch": limits.NOT_BELOW_0,
     "max_length": limits.AT_LEAST_1,
     "max_new_tokens": limits.AT_LEAST_1,
     "temperature": limits.NOT_BELOW_0,
@@ -226,6 +228,8 @@ def _prepare(config: Any, kind: Kind, *, model: Any, tokenizer: Any, train: Any,
         examples = examples[: config.num_train_samples]
     if not examples:
         raise InputError("no row is left to train on", where=source.name, mend="see `prefkit data check`")
+    places = [source.path_of_row(row.source.row) for row in examples] if config.tokens_per_batch else []
+    check_budget([row.group for row in examples], config.tokens_per_batch, where=places.__getitem__)
     test, selection = _select(config, list(checks["evaluation"].examples))
     prints = "".join(report.fingerprint for report in checks.values())
     digest = hashlib.sha256(f"{prints} {len(examples)} {len(test)} {len(selection)}".encode()).hexdigest()

@@ -9,6 +9,7 @@ Parameters are counted exactly, on a model built without storage. The rest is a 
     activations  rows x length x (17 x hidden + 3 x inner) x layers x bytes: attention without its square
                  matrix; with gradient checkpointing one layer of it, and hidden per layer
     logits       3 x rows x answer tokens x vocabulary x 4: logits, log-softmax and their gradient
+                 (both are those of padded rows and a whole vocabulary matrix: packed rows and a chunked head need less)
     cache        keys and values of every layer for the answers drawn at once; freed before the step's own peak
 """
 

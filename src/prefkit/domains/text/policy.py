@@ -9,19 +9,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from prefkit.domains.text import loading, quantised, weights
+from prefkit.domains.text import backends, loading, quantised, weights
+from prefkit.domains.text.backends import TOLERANCE
 from prefkit.domains.text.cache import weights_fingerprint
 from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import AdaptersOff, FrozenAdapter, FrozenCopy, Reference, without_dropout
-from prefkit.domains.text.scoring import LanguageModel, causal_lm, check_scoring, lay_out, logit_transform
+from prefkit.domains.text.scoring import LanguageModel, Layout, causal_lm, check_scoring, logit_transform
 from prefkit.engine.precision import resolve_dtype
 from prefkit.engine.sharding import shard
 from prefkit.engine.world import World
 from prefkit.errors import InputError
 from prefkit.records import Group
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""how far our log-probs may be from the model's own forward pass before the model is refused, in nats"""
 
 
 class TextPolicy:
@@ -84,7 +82,7 @@ class TextPolicy:
             )
         loading.widen(model, dtype)
         module = cls._module(model, dtype, options.gradient_checkpointing).to(world.device)
-        cls._check(module, tokenizer)
+        cls._check(module, tokenizer, options.scoring_backend)
         fingerprint = weights_fingerprint(module)
         reference = cls._make_reference(module, options, copy_reference)
         shard(module, world)
@@ -115,7 +113,7 @@ class TextPolicy:
             model = loading.load_adapter(model, found.adapter)
         tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
         module = cls._module(model, compute, False).requires_grad_(False).to(world.device)
-        cls._check(module, tokenizer)
+        cls._check(module, tokenizer, "auto")
         return cls(
             module,
             tokenizer,
@@ -139,7 +137,7 @@ class TextPolicy:
         return LanguageModel(model, dtype=dtype, logit_scale=scale, soft_cap=cap)
 
     @staticmethod
-    def _check(module: LanguageModel, tokenizer: Any) -> None:
+    def _check(module: LanguageModel, tokenizer: Any, backend: str) -> None:
         vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
         if len(tokenizer) > vocabulary:
             raise InputError(
@@ -147,7 +145,8 @@ class TextPolicy:
                 where="--model_name_or_path",
                 mend="use the tokenizer the model was trained with",
             )
-        gap = check_scoring(module, pad=tokenizer.pad_token_id or 0, vocabulary=vocabulary)
+        pad = tokenizer.pad_token_id or 0
+        gap = check_scoring(module, pad=pad, vocabulary=vocabulary)
         if not gap <= TOLERANCE[module.dtype]:
             raise InputError(
                 f"log-probs differ from the model's own forward pass by {gap:.3g} nats: it transforms its logits "
@@ -155,6 +154,7 @@ class TextPolicy:
                 where="--model_name_or_path",
                 mend="please report the model; training it would optimise a wrong objective",
             )
+        backends.choose(module, backend, pad=pad, vocabulary=vocabulary)
 
     @staticmethod
     def _make_reference(module: LanguageModel, options: Any, copy_reference: bool) -> Reference | None:
@@ -175,7 +175,7 @@ class TextPolicy:
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         how = "LoRA" if self.uses_adapter else "all weights"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained ({how}), computing in {name}"
+        return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained ({how}), computing in {name}, {self.module.how}"
 
     @property
     def uses_adapter(self) -> bool:
@@ -198,6 +198,13 @@ class TextPolicy:
     def token_log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
         """(b * K, t) log-probability of each answer token, zero where an answer has ended; with gradient."""
         return self.module(self._layout(groups), temperature=temperature)
+
+    def token_details(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
+        """`token_log_probs`, entropy of each next-token distribution in nats, and 1 where the token was the likeliest.
+
+        (b * K, t) each, zero where an answer has ended, from one pass; the last two without gradient.
+        """
+        return self.module(self._layout(groups), details=True)
 
     def log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
         """(b, K) summed log-probability of every answer, in nats, end-of-sequence token included; with gradient.
@@ -237,8 +244,8 @@ class TextPolicy:
 
         return padded(policy.gather(-1, index)[:, 0]), padded(reference.gather(-1, index)[:, 0]), padded(kl)
 
-    def _layout(self, groups: Sequence[Group]) -> Any:
-        return lay_out(groups, self.tokenizer.pad_token_id, self.world.device)
+    def _layout(self, groups: Sequence[Group]) -> Layout:
+        return self.module.lay_out(groups, pad=self.tokenizer.pad_token_id, device=self.world.device)
 
     def save(self, folder: Path) -> None:
         """Write the trained weights in Hugging Face layout: the adapter with LoRA, else the whole model."""

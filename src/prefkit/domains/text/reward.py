@@ -14,11 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text import loading, quantised, weights
+from prefkit.domains.text import backends, loading, quantised, weights
 from prefkit.domains.text.cache import weights_fingerprint
 from prefkit.domains.text.config import Lora
 from prefkit.domains.text.reference import without_dropout
-from prefkit.domains.text.scoring import causal_lm
+from prefkit.domains.text.scoring import Backend, Layout, causal_lm, hidden_states, lay_out
 from prefkit.domains.text.tokenize import tokenize_completions
 from prefkit.engine.precision import autocast, resolve_dtype
 from prefkit.engine.seeds import generator
@@ -38,13 +38,15 @@ class RewardModule(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.backend: Backend = "padded"
+        """how batches are laid out; `backends.choose` sets it, and why in `how`"""
+        self.how = ""
 
-    def forward(self, ids: Tensor, last: Tensor) -> Tensor:
-        """Right-padded ids (n, s) and the place of each row's last token (n,) -> rewards (n,), float32."""
+    def forward(self, layout: Layout) -> Tensor:
+        """A batch laid out with its answers' last tokens -> rewards (n,), float32."""
         inner: Any = causal_lm(self.model)
-        with autocast(self.dtype, ids.device):
-            hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden = hidden[torch.arange(len(ids), device=ids.device), last]
+        with autocast(self.dtype, layout.ids.device):
+            hidden = hidden_states(inner.base_model, layout).flatten(0, 1).index_select(0, layout.ends)
         head = inner.score if "score" in dict(inner.named_children()) else inner.classifier
         # The head is tiny, and its differences are the training signal: float32.
         return nn.functional.linear(hidden.float(), *_float_weights(head))[:, 0]
@@ -108,6 +110,7 @@ class RewardModel:
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             inner.enable_input_require_grads()
         module = RewardModule(model, dtype).to(world.device)
+        _choose(module, tokenizer, options.scoring_backend)
         fingerprint = weights_fingerprint(module)
         shard(module, world)
         return cls(
@@ -140,6 +143,7 @@ class RewardModel:
         quantised.evaluation_mode(model)
         module = RewardModule(model.requires_grad_(False), compute).to(place)
         tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
+        _choose(module, tokenizer, "auto")
         return cls(module, tokenizer, world=world, source=found.model, adapter=False)
 
     @property
@@ -157,13 +161,9 @@ class RewardModel:
 
     def rewards(self, groups: Sequence[Group]) -> Tensor:
         """(b, K) centred rewards of every answer of every group, float32, with gradient."""
-        rows = [[*group.prompt, *answer] for group in groups for answer in group.answers]
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
         device = next(self.module.parameters()).device
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        return self.module(ids.to(device), last).view(len(groups), -1) - self.mean
+        layout = lay_out(groups, self.tokenizer.pad_token_id, device, backend=self.module.backend, last=True)
+        return self.module(layout).view(len(groups), -1) - self.mean
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[Text], completions: Sequence[str], *, batch_size: int = 16) -> list[float]:
@@ -207,6 +207,11 @@ class RewardModel:
             kind="reward",
             extra_config={MEAN: self.mean, "pad_token_id": pad},
         )
+
+
+def _choose(module: RewardModule, tokenizer: Any, backend: str) -> None:
+    vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
+    backends.choose(module, backend, pad=tokenizer.pad_token_id or 0, vocabulary=vocabulary)
 
 
 def _require_reward_model(source: str) -> None:

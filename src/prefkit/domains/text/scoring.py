@@ -1,71 +1,35 @@
 """From token ids to answer log-probabilities: the only place where text is scored.
 
-A batch is a list of groups (a prompt and its answers). Each answer becomes one right-padded row `prompt + answer`;
-under causal attention a token never sees what stands to its right, so padding needs no mask and changes nothing.
-Only the hidden states that predict answer tokens reach the output head, as one flat matrix: prompt positions and
-padding are never multiplied by the vocabulary.
+A batch is a list of groups (a prompt and its answers). `layout` arranges it as one packed row that holds each prompt
+once, or as padded rows; `attention` keeps the answers of a packed row apart; `head` turns the hidden states before the
+answer tokens into log-probs. Prompt positions and padding are never multiplied by the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prefkit.domains.text import attention
+from prefkit.domains.text.head import LogitTransform, TokenScores, chunk_tokens, token_scores
+from prefkit.domains.text.layout import Backend, Layout, lay_out
 from prefkit.engine.precision import autocast
 from prefkit.records import Group
 
-CHUNK_ELEMENTS = 2**27
-"""largest tokens x vocabulary matrix held at once; beyond it the head runs in recomputed chunks"""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each answer token of a batch stands. n answers, s tokens a row, m answer tokens in all."""
-
-    ids: Tensor
-    """(n, s) token ids, right-padded"""
-    before: Tensor
-    """(m,) flat position, in (n * s), of the token that predicts each answer token"""
-    targets: Tensor
-    """(m,) the answer tokens"""
-    slots: Tensor
-    """(m,) flat position of each answer token in the padded (n, t) result"""
-    num_answers: int
-    longest_answer: int
-
-
-def lay_out(groups: Sequence[Group], pad: int, device: torch.device | str = "cpu") -> Layout:
-    """Arrange every answer of every group as one right-padded row.
-
-    Raises ValueError for an empty prompt (nothing predicts the first answer token) or an empty answer.
-    """
-    rows = [(list(g.prompt), list(a)) for g in groups for a in g.answers]
-    for index, (prompt, answer) in enumerate(rows):
-        if not prompt or not answer:
-            raise ValueError(f"answer {index} of the batch has an empty {'answer' if prompt else 'prompt'}")
-    length = max(len(p) + len(a) for p, a in rows)
-    longest = max(len(a) for _, a in rows)
-    ids = torch.full((len(rows), length), pad, dtype=torch.long)
-    before, slots, targets = [], [], []
-    for i, (prompt, answer) in enumerate(rows):
-        ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        start = i * length + len(prompt) - 1
-        before.append(torch.arange(start, start + len(answer)))
-        slots.append(torch.arange(i * longest, i * longest + len(answer)))
-        targets.extend(answer)
-    return Layout(
-        ids.to(device),
-        torch.cat(before).to(device),
-        torch.tensor(targets, device=device),
-        torch.cat(slots).to(device),
-        len(rows),
-        longest,
-    )
+__all__ = [
+    "Backend",
+    "LanguageModel",
+    "Layout",
+    "causal_lm",
+    "check_scoring",
+    "hidden_states",
+    "lay_out",
+    "logit_transform",
+]
 
 
 class LanguageModel(nn.Module):
@@ -75,51 +39,106 @@ class LanguageModel(nn.Module):
     weights are gathered by the module's own hooks.
     """
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype, logit_scale: float, soft_cap: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype, logit_scale: float, soft_cap: float, backend: Backend = "padded"
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.logit_scale = logit_scale
         self.soft_cap = soft_cap
+        self.backend: Backend = backend
+        """how batches are laid out; `backends.choose` sets it"""
+        self.chunk = 0
+        """most answer tokens whose logits are held at once; 0 takes a share of the device's memory"""
+        self.how = ""
+        """how batches are laid out and why, for the log"""
 
-    def forward(self, layout: Layout, *, temperature: float = 1.0, distributions: bool = False) -> Tensor:
-        """Log-probabilities of a batch's answer tokens, in float32.
+    def lay_out(self, groups: Sequence[Group], *, pad: int, device: torch.device | str) -> Layout:
+        """The layout this model is scored in."""
+        return lay_out(groups, pad, device, backend=self.backend)
 
-        Returns (n, t), zero where an answer has ended; with `distributions`, (m, v): the whole next-token
-        distribution before each answer token.
+    def forward(
+        self, layout: Layout, *, temperature: float = 1.0, distributions: bool = False, details: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of a batch's answer tokens, in float32 (float64 for a float64 model).
+
+        Returns (n, t), zero where an answer has ended. With `details` also the entropy of each next-token distribution
+        and whether the token was the likeliest one, (n, t) each, without gradient. With `distributions`, (m, v): the
+        whole next-token distribution before each answer token.
         """
-        base = causal_lm(self.model)
+        transform = LogitTransform(self.logit_scale, self.soft_cap, temperature)
         with autocast(self.dtype, layout.ids.device):
-            hidden = base.get_decoder()(input_ids=layout.ids, use_cache=False).last_hidden_state
+            hidden = hidden_states(causal_lm(self.model).get_decoder(), layout)
             hidden = hidden.flatten(0, 1).index_select(0, layout.before)
             if distributions:
-                return self._log_softmax(hidden, temperature)
-            token_log_probs = self._token_log_probs(hidden, layout.targets, temperature)
-        padded = token_log_probs.new_zeros(layout.num_answers * layout.longest_answer)
-        padded = padded.scatter(0, layout.slots, token_log_probs)
-        return padded.view(layout.num_answers, layout.longest_answer)
+                return self._log_softmax(hidden, transform)
+            scores = self._scores(hidden, layout.targets, transform, details)
+        if scores.entropy is None or scores.top1 is None:
+            return _spread(scores.log_probs, layout)
+        return _spread(scores.log_probs, layout), _spread(scores.entropy, layout), _spread(scores.top1, layout)
 
-    def _log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        logits = causal_lm(self.model).get_output_embeddings()(hidden).float() * self.logit_scale
-        if self.soft_cap:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        if temperature != 1.0:
-            logits = logits / temperature
+    def _scores(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, details: bool) -> TokenScores:
+        head = causal_lm(self.model).get_output_embeddings()
+        if type(head) is nn.Linear or type(head).__name__ == f"FSDP{nn.Linear.__name__}":
+            return token_scores(
+                hidden, head.weight, head.bias, targets, transform=transform, chunk=self.chunk, details=details
+            )
+        return self._scores_of_any_head(hidden, targets, transform, details)
+
+    def _scores_of_any_head(
+        self, hidden: Tensor, targets: Tensor, transform: LogitTransform, details: bool
+    ) -> TokenScores:
+        """For a head that is no plain matrix (an adapter on it, quantised): chunks recomputed in the backward pass."""
+        vocabulary = causal_lm(self.model).config.get_text_config().vocab_size
+        chunk = self.chunk or chunk_tokens(vocabulary, hidden.device)
+
+        def one(hidden: Tensor, targets: Tensor) -> TokenScores:
+            log_softmax = self._log_softmax(hidden, transform)
+            found = log_softmax.gather(-1, targets[:, None])[:, 0]
+            if not details:
+                return TokenScores(found)
+            plain = log_softmax.detach()
+            entropy = -torch.einsum("mv,mv->m", plain.exp(), plain)
+            return TokenScores(found, entropy, (plain.argmax(-1) == targets).float())
+
+        pieces: list[TokenScores] = []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            again = torch.is_grad_enabled() and len(targets) > chunk
+            pieces.append(checkpoint(one, h, t, use_reentrant=False) if again else one(h, t))
+        log_probs, *rest = ([value for value in column if value is not None] for column in zip(*pieces, strict=True))
+        return TokenScores(torch.cat(log_probs), *(torch.cat(column) if column else None for column in rest))
+
+    def _log_softmax(self, hidden: Tensor, transform: LogitTransform) -> Tensor:
+        logits = causal_lm(self.model).get_output_embeddings()(hidden)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) * transform.scale
+        if transform.soft_cap:
+            logits = torch.tanh(logits / transform.soft_cap) * transform.soft_cap
+        if transform.temperature != 1.0:
+            logits = logits / transform.temperature
         return logits.log_softmax(-1)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        return self._log_softmax(hidden, temperature).gather(-1, targets[:, None])[:, 0]
 
-    def _token_log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        vocabulary = causal_lm(self.model).config.get_text_config().vocab_size
-        chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-        if len(targets) <= chunk:
-            return self._chunk(hidden, targets, temperature)
-        pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._chunk(h, t, temperature) for h, t in pieces])
-        # Recomputed in the backward pass, so that the memory peak is one chunk of the vocabulary matrix.
-        return torch.cat([checkpoint(self._chunk, h, t, temperature, use_reentrant=False) for h, t in pieces])
+def hidden_states(decoder: Any, layout: Layout) -> Tensor:
+    """Last hidden states (r, s, d) of a batch in its layout."""
+    if layout.plan is None:
+        return decoder(input_ids=layout.ids, use_cache=False).last_hidden_state
+    # A mask of four dimensions is taken as prepared: no mask is built, and the plan decides.
+    prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
+    found = decoder(
+        input_ids=layout.ids,
+        position_ids=layout.positions,
+        attention_mask=prepared,
+        use_cache=False,
+        **{attention.PLAN: layout.plan},
+    )
+    return found.last_hidden_state
+
+
+def _spread(values: Tensor, layout: Layout) -> Tensor:
+    """(m,) values of answer tokens -> (n, t), zero where an answer has ended."""
+    padded = values.new_zeros(layout.num_answers * layout.longest_answer)
+    return padded.scatter(0, layout.slots, values).view(layout.num_answers, layout.longest_answer)
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -148,6 +167,7 @@ def check_scoring(module: LanguageModel, *, pad: int, vocabulary: int) -> float:
     ids = [(7 * i + 3) % vocabulary for i in range(8)]
     layout = lay_out([Group(ids[:4], [ids[4:]])], pad, device)
     with autocast(module.dtype, device):
-        logits = causal_lm(module.model)(input_ids=layout.ids, use_cache=False).logits[0, 3:7]
+        whole = torch.tensor([ids], device=device)
+        logits = causal_lm(module.model)(input_ids=whole, use_cache=False).logits[0, 3:7]
     plain = logits.float().log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
     return float((module(layout)[0] - plain).abs().max())
