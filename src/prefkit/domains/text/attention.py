@@ -60,6 +60,19 @@ class Block:
     """longest distance from a token to one it sees"""
 
 
+RESPECTED = {"scaling", "sliding_window", "softcap"}
+"""settings of an attention call that a plan takes up"""
+HARMLESS = {
+    "dropout",  # off in every model prefkit scores with
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+"""settings that change nothing here; any other (attention sinks, position biases) makes a model unfit for plans"""
 ENDED = 1 << 30
 """position id of a query that is only padding; keys of padding lie beyond it"""
 
@@ -242,6 +255,9 @@ def _planned(own: str) -> Callable[..., Any]:
         plan: Plan | None = settings.pop(PLAN, None)
         if plan is None:
             return _own_function(own, module)(module, query, key, value, attention_mask, **settings)
+        unknown = sorted(k for k, v in settings.items() if v is not None and k not in RESPECTED | HARMLESS)
+        if unknown:
+            raise NotImplementedError(f"it asks for {', '.join(unknown)}, which packed rows do not have")
         output = plan.attend(
             query,
             key,

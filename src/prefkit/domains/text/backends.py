@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from prefkit.engine.precision import autocast
 from prefkit.errors import InputError
 from prefkit.records import Group
 
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""how far packed rows may be from padded ones; nats for log-probs, a share of their size for hidden states"""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""how far two ways to score may be apart, by the dtype computed in: nats for log-probs, as a share for hidden states"""
+"""how far log-probs may be from the model's own forward pass, in nats, by the dtype computed in"""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 LONGEST_PROBE = 256
 """a sliding window beyond this is not run over by the probe; that its layers hand it over is checked all the same"""
@@ -55,13 +58,16 @@ def _try(module: Any, backend: Any, pad: int, vocabulary: int) -> str:
     if strange:
         return f"it has layers of the kind {', '.join(strange)}"
     own = config._attn_implementation
+    if "position_ids" not in inspect.signature(_decoder(module).forward).parameters:
+        return "it takes no position ids"
     try:
         attention.install(model)
         gap, seen = _gap(module, backend, pad, vocabulary)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         _restore(model, own)
-        return f"its attention takes no plan ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    if seen is None or not gap <= TOLERANCE[module.dtype]:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"its attention takes no plan ({why})"
+    if seen is None or not gap <= AGREEMENT[_probe_dtype(module)]:
         _restore(model, own)
         why = "its attention takes no plan" if seen is None else f"they differ from padded ones by {gap:.3g}"
         return why
@@ -113,14 +119,29 @@ def _gap(module: Any, backend: Any, pad: int, vocabulary: int) -> tuple[float, l
     packed = lay_out(groups, pad, device, backend=backend)
     assert packed.plan is not None
     packed.plan.seen = []
-    scored = [_values(module, layout) for layout in (lay_out(groups, pad, device), packed)]
+    dtype, module.dtype = module.dtype, _probe_dtype(module)
+    try:
+        scored = [_values(module, layout) for layout in (lay_out(groups, pad, device), packed)]
+    finally:
+        module.dtype = dtype
     seen = packed.plan.seen
     return float((scored[0] - scored[1]).abs().max()), seen or None
+
+
+def _probe_dtype(module: Any) -> torch.dtype:
+    """float32 where the weights are: a coarser one would hide a small difference."""
+    kinds = {weight.dtype for weight in module.parameters() if weight.is_floating_point()}
+    return torch.float32 if kinds == {torch.float32} else module.dtype
+
+
+def _decoder(module: Any) -> Any:
+    model = causal_lm(module.model)
+    return model.get_decoder() if isinstance(module, LanguageModel) else model.base_model
 
 
 def _values(module: Any, layout: Layout) -> torch.Tensor:
     if isinstance(module, LanguageModel):
         return module(layout)  # pyright: ignore[reportReturnType]
     with autocast(module.dtype, layout.ids.device):
-        hidden = hidden_states(causal_lm(module.model).base_model, layout).flatten(0, 1).index_select(0, layout.before)
+        hidden = hidden_states(_decoder(module), layout).flatten(0, 1).index_select(0, layout.before)
     return hidden.float() / hidden.float().abs().mean()

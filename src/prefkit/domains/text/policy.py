@@ -146,7 +146,15 @@ class TextPolicy:
                 mend="use the tokenizer the model was trained with",
             )
         pad = tokenizer.pad_token_id or 0
-        gap = check_scoring(module, pad=pad, vocabulary=vocabulary)
+        try:
+            gap = check_scoring(module, pad=pad, vocabulary=vocabulary)
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"{type(causal_lm(module.model)).__name__} is not built as prefkit expects, a decoder and an output "
+                f"head: {error}",
+                where="--model_name_or_path",
+                mend="use a decoder-only causal LM",
+            ) from error
         if not gap <= TOLERANCE[module.dtype]:
             raise InputError(
                 f"log-probs differ from the model's own forward pass by {gap:.3g} nats: it transforms its logits "
@@ -175,7 +183,8 @@ class TextPolicy:
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         how = "LoRA" if self.uses_adapter else "all weights"
         name = str(self.dtype).removeprefix("torch.")
-        return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained ({how}), computing in {name}, {self.module.how}"
+        size = f"{total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained ({how})"
+        return f"{size}, computing in {name}, {self.module.how}"
 
     @property
     def uses_adapter(self) -> bool:
