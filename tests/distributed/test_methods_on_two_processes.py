@@ -169,3 +169,11 @@ def test_the_other_methods_run_sharded(ran, method: str) -> None:
     torch.testing.assert_close(
         torch.tensor(column(two, "loss")), torch.tensor(column(one, "loss")), rtol=1e-5, atol=1e-6
     )
+
+
+def test_processes_whose_rows_pack_differently_stay_in_step(ran, inputs: Inputs, tmp_path: Path) -> None:
+    (one, _), directory = ran("sft", "one"), tmp_path / "run"
+    launch(inputs, "sft", directory, "fsdp", tokens_per_batch=48, use_peft=False)
+    torch.testing.assert_close(
+        torch.tensor(column(directory, "loss")), torch.tensor(column(one, "loss")), rtol=1e-5, atol=1e-6
+    )

@@ -26,6 +26,7 @@ CASES = {
     "hypo-lora": ("hypo", {"use_peft": True}),
     "dpo-full": ("dpo", {}),
     "dpo-cached-reference": ("dpo", {"precompute_ref_log_probs": True, "use_peft": True}),
+    "dpo-token-budget": ("dpo", {"tokens_per_batch": 130, "gradient_accumulation_steps": 2}),
     "reward-lora": ("reward", {"use_peft": True, "keep_best": "-eval_rewards/margins"}),
 }
 

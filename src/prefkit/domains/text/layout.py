@@ -189,9 +189,7 @@ def _plan(
     flex: bool,
 ) -> tuple[Plan, tuple[int, int]]:
     """The plan of a packed batch, and its query-key pairs, needed and multiplied."""
-    needed = sum(
-        len(s.tokens) * s.first + len(s.tokens) * (len(s.tokens) + 1) // 2 for block in blocks for s in block
-    )
+    needed = sum(len(s.tokens) * s.first + len(s.tokens) * (len(s.tokens) + 1) // 2 for block in blocks for s in block)
     if flex:
         ordered = [segment for block in blocks for segment in block]
         numbers = torch.cat([torch.full((len(s.tokens),), s.group) for s in ordered])
