@@ -82,7 +82,7 @@ class TextPolicy:
             )
         loading.widen(model, dtype)
         module = cls._module(model, dtype, options.gradient_checkpointing).to(world.device)
-        cls._check(module, tokenizer, options.scoring_backend)
+        _check(module, tokenizer, options.scoring_backend)
         fingerprint = weights_fingerprint(module)
         reference = cls._make_reference(module, options, copy_reference)
         shard(module, world)
@@ -113,7 +113,7 @@ class TextPolicy:
             model = loading.load_adapter(model, found.adapter)
         tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
         module = cls._module(model, compute, False).requires_grad_(False).to(world.device)
-        cls._check(module, tokenizer, "auto")
+        _check(module, tokenizer, "auto")
         return cls(
             module,
             tokenizer,
@@ -135,34 +135,6 @@ class TextPolicy:
         config = causal_lm(model).config.get_text_config()
         scale, cap = logit_transform(config)
         return LanguageModel(model, dtype=dtype, logit_scale=scale, soft_cap=cap)
-
-    @staticmethod
-    def _check(module: LanguageModel, tokenizer: Any, backend: str) -> None:
-        vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
-        if len(tokenizer) > vocabulary:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model only {vocabulary}",
-                where="--model_name_or_path",
-                mend="use the tokenizer the model was trained with",
-            )
-        pad = tokenizer.pad_token_id or 0
-        try:
-            gap = check_scoring(module, pad=pad, vocabulary=vocabulary)
-        except (AttributeError, TypeError) as error:
-            raise InputError(
-                f"{type(causal_lm(module.model)).__name__} is not built as prefkit expects, a decoder and an output "
-                f"head: {error}",
-                where="--model_name_or_path",
-                mend="use a decoder-only causal LM",
-            ) from error
-        if not gap <= TOLERANCE[module.dtype]:
-            raise InputError(
-                f"log-probs differ from the model's own forward pass by {gap:.3g} nats: it transforms its logits "
-                "in a way prefkit does not know",
-                where="--model_name_or_path",
-                mend="please report the model; training it would optimise a wrong objective",
-            )
-        backends.choose(module, backend, pad=pad, vocabulary=vocabulary)
 
     @staticmethod
     def _make_reference(module: LanguageModel, options: Any, copy_reference: bool) -> Reference | None:
@@ -276,3 +248,32 @@ class TextPolicy:
             revision=self.revision,
             kind="causal",
         )
+
+
+def _check(module: LanguageModel, tokenizer: Any, backend: str) -> None:
+    """Choose how the model is scored. InputError where its scores would not be its own log-probs."""
+    vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {vocabulary}",
+            where="--model_name_or_path",
+            mend="use the tokenizer the model was trained with",
+        )
+    pad = tokenizer.pad_token_id or 0
+    try:
+        gap = check_scoring(module, pad=pad, vocabulary=vocabulary)
+    except (AttributeError, TypeError) as error:
+        raise InputError(
+            f"{type(causal_lm(module.model)).__name__} is not built as prefkit expects, a decoder and an output "
+            f"head: {error}",
+            where="--model_name_or_path",
+            mend="use a decoder-only causal LM",
+        ) from error
+    if not gap <= TOLERANCE[module.dtype]:
+        raise InputError(
+            f"log-probs differ from the model's own forward pass by {gap:.3g} nats: it transforms its logits "
+            "in a way prefkit does not know",
+            where="--model_name_or_path",
+            mend="please report the model; training it would optimise a wrong objective",
+        )
+    backends.choose(module, backend, pad=pad, vocabulary=vocabulary)
