@@ -1,7 +1,7 @@
 """prefkit's own arms: the same training step with its savings left out one by one.
 
     naive    padded rows, logits at every position
-    padded   padded rows, the head on answer tokens only
+    padded   padded rows, head and last layer only where an answer token is predicted
     packed   packed rows, the prompt once for each answer
     engine   packed rows, the prompt once for each pair: what a run does
 

@@ -13,7 +13,7 @@ import torch
 SPLIT = {
     "trl/engine": "everything",
     "trl/naive": "trainer, metrics and tiled head of the peer",
-    "naive/padded": "head on answer tokens only",
+    "naive/padded": "head and last layer on answer tokens only",
     "padded/packed": "no padding",
     "packed/engine": "prompt computed once",
     "padded/engine": "layout: padding and prompt",

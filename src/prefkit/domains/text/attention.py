@@ -23,6 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 PREFIX = "prefkit_"
 PLAN = "prefkit_plan"
 """keyword under which a plan reaches the attention function through the model's own forward"""
+ROWS = "prefkit_rows"
+"""keyword for the places that are read in the end: what the last layer must compute"""
 
 
 class Plan(Protocol):
@@ -92,7 +94,7 @@ class SdpaPlan:
     ) -> Tensor:
         if self.seen is not None:
             self.seen.append(window)
-        flat = [part[0].transpose(0, 1) for part in (query, key, value)]
+        flat = [part.squeeze(0).transpose(0, 1) for part in (query, key, value)]
         outputs: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             q = _take(flat[0], block.queries, block.start)
@@ -243,6 +245,11 @@ def install(model: Any) -> None:
         part._attn_implementation = name
 
 
+def installed(model: Any) -> bool:
+    """Whether attention calls of this model (or decoder) come through here."""
+    return str(model.config.get_text_config()._attn_implementation).startswith(PREFIX)
+
+
 def own_attention(config: Any) -> str:
     """The name of the model's own attention, whether `install` has been here or not."""
     return str(config.get_text_config()._attn_implementation).removeprefix(PREFIX)
@@ -253,6 +260,7 @@ def _planned(own: str) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **settings: Any
     ) -> tuple[Tensor, Any]:
         plan: Plan | None = settings.pop(PLAN, None)
+        settings.pop(ROWS, None)
         if plan is None:
             return _own_function(own, module)(module, query, key, value, attention_mask, **settings)
         unknown = sorted(k for k, v in settings.items() if v is not None and k not in RESPECTED | HARMLESS)

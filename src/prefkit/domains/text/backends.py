@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from prefkit.domains.text import attention
+from prefkit.domains.text import attention, last_layer
 from prefkit.domains.text.layout import Layout, lay_out
 from prefkit.domains.text.scoring import LanguageModel, causal_lm, hidden_states
 from prefkit.engine.precision import autocast
@@ -20,6 +21,8 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2.0, torc
 a 135 M model moves a token by 0.6 nats for no other reason than another batch; a missing mask moves one by 6."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """how far log-probs may be from the model's own forward pass, in nats, by the dtype computed in"""
+UNFIT = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+"""what a model raises that does not take what it is given"""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 LONGEST_PROBE = 256
 """a sliding window beyond this is not run over by the probe; that its layers hand it over is checked all the same"""
@@ -61,22 +64,34 @@ def _try(module: Any, backend: Any, pad: int, vocabulary: int) -> str:
     own = config._attn_implementation
     if "position_ids" not in inspect.signature(_decoder(module).forward).parameters:
         return "it takes no position ids"
-    try:
-        attention.install(model)
-        gap, seen = _gap(module, backend, pad, vocabulary)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
+    for whole in (False, True):  # the last layer at the rows that are read; where that does not fit, all of it
+        reason, seen, trimmed = _fit(module, backend, pad, vocabulary, whole)
+        if not reason:
+            break
         _restore(model, own)
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"its attention takes no plan ({why})"
-    if seen is None or not gap <= AGREEMENT[_probe_dtype(module)]:
-        _restore(model, own)
-        why = "its attention takes no plan" if seen is None else f"they differ from padded ones by {gap:.3g}"
-        return why
+        if not trimmed:
+            return reason
     expected, found = _windows(config), sum(window is not None for window in seen)
     if found != expected:
         _restore(model, own)
         return f"{expected} of its layers have a sliding window and {found} hand it over"
     return ""
+
+
+def _fit(module: Any, backend: Any, pad: int, vocabulary: int, whole: bool) -> tuple[str, list[int | None], bool]:
+    """Install a plan's attention and try it: what is wrong, each layer's window, whether the last layer is trimmed."""
+    model, last = causal_lm(module.model), None
+    try:
+        attention.install(model)
+        last = last_layer.install(_decoder(module))
+        if last is not None:
+            last.on = not whole
+        gap, seen = _gap(module, backend, pad, vocabulary)
+    except UNFIT as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"its attention takes no plan ({why})", [], last is not None and last.on
+    reason = "" if gap <= AGREEMENT[_probe_dtype(module)] else f"they differ from padded ones by {gap:.3g}"
+    return reason if seen else "its attention takes no plan", seen or [], last is not None and last.on
 
 
 def _restore(model: nn.Module, own: str) -> None:
@@ -110,7 +125,8 @@ def probe(vocabulary: int, window: int = 0) -> list[Group]:
 
 @torch.no_grad()
 def _gap(module: Any, backend: Any, pad: int, vocabulary: int) -> tuple[float, list[int | None] | None]:
-    """Largest difference to padded rows, and the window of every layer (None where no layer took the plan).
+    """Largest difference to padded rows with a whole last layer, and the window of every layer (None where no layer
+    took the plan).
 
     In nats for a model that scores; for a reward model, in hidden states relative to their size.
     """
@@ -122,11 +138,12 @@ def _gap(module: Any, backend: Any, pad: int, vocabulary: int) -> tuple[float, l
     packed.plan.seen = []
     dtype, module.dtype = module.dtype, _probe_dtype(module)
     try:
-        scored = [_values(module, layout) for layout in (lay_out(groups, pad, device), packed)]
+        padded = lay_out(groups, pad, device)
+        expected, *scored = [_values(module, layout) for layout in (replace(padded, rows=None), packed, padded)]
     finally:
         module.dtype = dtype
     seen = packed.plan.seen
-    return float((scored[0] - scored[1]).abs().max()), seen or None
+    return max(float((values - expected).abs().max()) for values in scored), seen or None
 
 
 def _probe_dtype(module: Any) -> torch.dtype:

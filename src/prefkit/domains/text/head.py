@@ -118,7 +118,7 @@ class _TokenScores(torch.autograd.Function):
         slopes = None  # of the only chunk, kept for the head's gradient
         for part in _parts(len(targets), chunk):
             logits = _logits(hidden[part], head, shift, transform)
-            log_softmax = logits.log_softmax(-1)
+            log_softmax = _log_softmax(logits, keep=details or bool(transform.soft_cap))
             places = targets[part, None]
             found.append(log_softmax.gather(-1, places)[:, 0])
             if details:
@@ -158,8 +158,9 @@ class _TokenScores(torch.autograd.Function):
                 else:
                     logits = _logits(hidden[part], head, shift, ctx.transform)
                     places = targets[part, None]
-                    weighted, slope = _slopes(logits, logits.log_softmax(-1), places, ctx.transform, hidden.dtype)
-                    del logits
+                    log_softmax = _log_softmax(logits, keep=bool(ctx.transform.soft_cap))
+                    weighted, slope = _slopes(logits, log_softmax, places, ctx.transform, hidden.dtype)
+                    del logits, log_softmax
                 share = grad[part, None].to(hidden.dtype)
                 if grad_weight is not None:
                     moved = hidden[part] * share
@@ -178,6 +179,12 @@ def _parts(count: int, chunk: int) -> Iterator[slice]:
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     return transform(hidden @ head.T if bias is None else torch.addmm(bias, hidden, head.T))
+
+
+def _log_softmax(logits: Tensor, *, keep: bool) -> Tensor:
+    """On a CPU in the logits' own memory, unless they are read again: fresh pages cost as much as the sums."""
+    in_place = not keep and logits.device.type == "cpu"
+    return torch.log_softmax(logits, -1, out=logits) if in_place else logits.log_softmax(-1)
 
 
 def _slopes(

@@ -25,6 +25,8 @@ Backend = Literal["sdpa", "flex", "padded"]
 
 CALL = 2**14
 """query-key pairs that one more attention call costs as much as: segments are padded to one another up to that"""
+FEW = 0.9
+"""of all places: if more are read, leaving the others out of the last layer saves no more than sorting them costs"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Layout:
     """who sees whom, in a packed layout"""
     attention_pairs: tuple[int, int] = (0, 0)
     """query-key pairs of one head and layer without a window: needed, and multiplied"""
+    rows: Tensor | None = None
+    """(k,) the places that are read in the end, ascending; None where they are nearly all"""
 
 
 def lay_out(
@@ -87,6 +91,7 @@ def _padded(groups: Sequence[Group], pad: int, device: Any, last: int) -> Layout
     return _layout(
         groups,
         device,
+        last,
         ids=ids,
         before=before,
         ends=torch.tensor([i * length + size - 1 for i, size in enumerate(sizes)]),
@@ -135,6 +140,7 @@ def _packed(groups: Sequence[Group], device: Any, last: int, *, flex: bool) -> L
     return _layout(
         groups,
         device,
+        last,
         ids=ids,
         before=torch.cat(before),
         ends=torch.tensor(ends),
@@ -252,10 +258,13 @@ def _block(
     )
 
 
-def _layout(groups: Sequence[Group], device: Any, *, ids: Tensor, before: Tensor, ends: Tensor, **rest: Any) -> Layout:
+def _layout(
+    groups: Sequence[Group], device: Any, last: int, *, ids: Tensor, before: Tensor, ends: Tensor, **rest: Any
+) -> Layout:
     answers = [answer for group in groups for answer in group.answers]
     longest = max(map(len, answers))
     slots = torch.cat([torch.arange(i * longest, i * longest + len(a)) for i, a in enumerate(answers)])
+    rows = (ends if last else before).unique()
     return Layout(
         ids=ids.to(device),
         before=before.to(device),
@@ -264,5 +273,6 @@ def _layout(groups: Sequence[Group], device: Any, *, ids: Tensor, before: Tensor
         ends=ends.to(device),
         num_answers=len(answers),
         longest_answer=longest,
+        rows=rows.to(device) if len(rows) <= FEW * ids.numel() else None,
         **rest,
     )

@@ -29,6 +29,7 @@ __all__ = [
     "hidden_states",
     "lay_out",
     "logit_transform",
+    "spread_tokens",
 ]
 
 
@@ -75,8 +76,8 @@ class LanguageModel(nn.Module):
                 return self._log_softmax(hidden, transform)
             scores = self._scores(hidden, layout.targets, transform, details)
         if scores.entropy is None or scores.top1 is None:
-            return _spread(scores.log_probs, layout)
-        return _spread(scores.log_probs, layout), _spread(scores.entropy, layout), _spread(scores.top1, layout)
+            return spread_tokens(scores.log_probs, layout)
+        return spread_tokens(scores.log_probs, layout), spread_tokens(scores.entropy, layout), spread_tokens(scores.top1, layout)
 
     def _scores(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, details: bool) -> TokenScores:
         head = causal_lm(self.model).get_output_embeddings()
@@ -120,9 +121,11 @@ class LanguageModel(nn.Module):
 
 
 def hidden_states(decoder: Any, layout: Layout) -> Tensor:
-    """Last hidden states (r, s, d) of a batch in its layout."""
+    """Last hidden states (r, s, d) of a batch in its layout; final at `layout.rows` only, where it has some."""
+    # Our attention is the one that takes the keyword off: without it the rows stay here.
+    rows = {} if layout.rows is None or not attention.installed(decoder) else {attention.ROWS: layout.rows}
     if layout.plan is None:
-        return decoder(input_ids=layout.ids, use_cache=False).last_hidden_state
+        return decoder(input_ids=layout.ids, use_cache=False, **rows).last_hidden_state
     # A mask of four dimensions is taken as prepared: no mask is built, and the plan decides.
     prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)
     found = decoder(
@@ -130,12 +133,12 @@ def hidden_states(decoder: Any, layout: Layout) -> Tensor:
         position_ids=layout.positions,
         attention_mask=prepared,
         use_cache=False,
-        **{attention.PLAN: layout.plan},
+        **{attention.PLAN: layout.plan, **rows},
     )
     return found.last_hidden_state
 
 
-def _spread(values: Tensor, layout: Layout) -> Tensor:
+def spread_tokens(values: Tensor, layout: Layout) -> Tensor:
     """(m,) values of answer tokens -> (n, t), zero where an answer has ended."""
     padded = values.new_zeros(layout.num_answers * layout.longest_answer)
     return padded.scatter(0, layout.slots, values).view(layout.num_answers, layout.longest_answer)
