@@ -24,6 +24,8 @@ ADAPTER = "adapter_config.json"
 """the file that makes a folder a peft adapter"""
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 """OWNER/NAME, or a bare NAME as the oldest models on the Hub have"""
+ALIGNMENT = 64
+"""bytes; where torch begins a tensor of its own on a CPU"""
 HEADS = ("score", "classifier")
 """the heads of reward models, which a causal LM's folder has not"""
 
@@ -181,6 +183,18 @@ def load_model(options: Model, lora: Lora, source: str, dtype: torch.dtype, *, k
             where="--model_name_or_path",
             mend="give a folder with all the weights its config.json asks for",
         )
+    return in_own_memory(model)
+
+
+def in_own_memory(model: Any) -> Any:
+    """The model with every weight where a fresh tensor would stand.
+
+    Weights that are a view of a mapped file begin at any byte, and the CPU's matrix kernels round otherwise there: a
+    process of a launch, whose weights are copied, would give other last digits than one alone.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.device.type == "cpu" and weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
     return model
 
 
@@ -275,7 +289,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """The model with a trained adapter on it, for use without training."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder))
+    return in_own_memory(PeftModel.from_pretrained(model, str(folder)))
 
 
 def adapter_base(folder: Path) -> str:
