@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ RUN_FILES = (
     "evaluation.json",
     "evaluation",
     "reference.safetensors",
+    "rounds",
+    "judge-cache",
+    "stage1",
     "model",
     "adapter",
     "report.html",
@@ -31,6 +34,9 @@ RUN_FILES = (
     "wandb",
 )
 """what a run writes beside checkpoint-N; --overwrite deletes these and nothing else"""
+
+STAGES = ("stage1",)
+"""runs of their own inside a run; they know themselves whether their options are still those asked for"""
 
 FREE_TO_DIFFER = ("output_dir", "overwrite", "dry_run", "report_to")
 """options that do not change what a run computes"""
@@ -71,8 +77,9 @@ def prepare(
             mend="choose an empty or a new folder",
         )
     found = [] if earlier is None or overwrite else _found(earlier, method=method, values=values)
-    if found and not _begun(directory):  # refused before its first step (a wrong option): the mended command starts
-        _empty(directory)
+    if earlier is not None and found and not _begun(directory):
+        # Refused before its first step (a wrong option): the mended command starts. A stage that is done stays done.
+        _empty(directory, keep=(CONFIG, *STAGES) if earlier["method"] == method else ())
         earlier, found = None, []
     if found:
         _refuse(directory, found)
@@ -127,9 +134,10 @@ def _refuse(directory: Path, found: list[str]) -> None:
     )
 
 
-def _empty(directory: Path) -> None:
+def _empty(directory: Path, keep: Collection[str] = ()) -> None:
     """Delete what a run writes. The config goes last: until then a killed deletion is still seen as a run."""
-    doomed = [path for path in directory.iterdir() if path.name in RUN_FILES or _is_checkpoint(path)]
+    names = set(RUN_FILES) - set(keep)
+    doomed = [path for path in directory.iterdir() if path.name in names or _is_checkpoint(path)]
     for path in sorted(doomed, key=lambda path: path.name == CONFIG):
         files.discard(path)
 

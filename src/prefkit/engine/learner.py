@@ -6,6 +6,7 @@ so that N small batches equal one big one and P processes equal one. Nothing her
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ class Learner:
 
         Raises InputError when nothing is trainable, and for an optimizer that is unknown or not installed.
         """
-        self._config, self._world, self._total = config, world, total_steps
+        self._config, self._world, self._total, self._first = config, world, total_steps, 1
         self._module = module
         self._weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         if not self._weights:
@@ -59,7 +60,27 @@ class Learner:
     @property
     def learning_rate(self) -> float:
         """That of the step to come."""
-        return optimizers.learning_rate(self._config, self.step + 1, self._total)
+        return optimizers.learning_rate(self._config, self.step + 2 - self._first, self._total)
+
+    def forget_metric_names(self) -> None:
+        """The next step may measure other things; with several processes names are agreed once and then kept."""
+        self._metric_names = None
+
+    def schedule(self, *, first: int, total: int, peak: float) -> None:
+        """Follow a schedule of `total` steps that begins at step `first` and peaks at `peak` (a round's own).
+
+        At its first step the optimizer's state is forgotten. Raises InputError under DeepSpeed, which keeps that state
+        itself.
+        """
+        if self._zero is not None:
+            raise InputError(
+                "DeepSpeed keeps the optimizer's state, which is to start anew in each round",
+                where="--reset_optimizer",
+                mend="use FSDP2, or --no_reset_optimizer",
+            )
+        self._config, self._first, self._total = dataclasses.replace(self._config, learning_rate=peak), first, total
+        if self.step + 1 == first:
+            self._optimizer.state.clear()
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +104,7 @@ class Learner:
         Returns 0-dim tensors: `loss`, `grad_norm` (before clipping), `learning_rate`, and every metric
         averaged over all examples.
         """
-        divisor = self._world.all_sum(self._scalar(sum(weight(batch) for batch in batches)))
+        divisor = self._world.all_sum(self._scalar(sum(weight(batch) for batch in batches))).clamp_(min=1e-6)
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         rate = self.learning_rate
@@ -187,7 +208,8 @@ class Learner:
         packed = [sums.get(name, zero).to(zero.device) for name in names]
         packed += [self._scalar(counts.get(name, 0)) for name in names]
         totals, numbers = self._world.all_sum(torch.stack(packed)).chunk(2)
-        values = dict(zip(names, (totals / numbers).unbind(), strict=True))
+        # A round may leave a step without any match: its means are 0, not NaN.
+        values = dict(zip(names, (totals / numbers.clamp(min=1)).unbind(), strict=True))
         values["loss"] = totals[names.index("loss")] / divisor
         return values
 

@@ -37,7 +37,7 @@ class Bar:
         self._first = self.done
         self._started = time.monotonic()
         self._said_at, self._said_step = self._started, self.done
-        if self.visible and self._console.is_terminal:
+        if self.visible and self.total and self._console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=self._console, transient=False, refresh_per_second=4)
             self._task = self._progress.add_task("", total=self.total, completed=self.done)
@@ -61,6 +61,14 @@ class Bar:
             self._said_at, self._said_step = now, step
             self.say(f"step {step}/{self.total}  {self._text()}")
 
+    def note(self, text: str) -> None:
+        """What is being done within a step, in place of the metrics; without a terminal a line now and then."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+        elif self.visible and time.monotonic() - self._said_at >= QUIET_SECONDS:
+            self._said_at = time.monotonic()
+            self.say(text)
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.visible:
@@ -78,6 +86,20 @@ class Bar:
             return self._metrics
         rate = steps / seconds
         return f"{self._metrics}  {rate:.3g} steps/s  {duration((self.total - self.done) / rate)} left".strip()
+
+
+class Stage:
+    """Progress of long work between two steps, such as drawing or judging a round's answers."""
+
+    def __init__(self, bar: Bar, title: str, total: int, done: int = 0) -> None:
+        self._bar, self._title, self._total, self._first = bar, title, total, done
+        self._started = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """`done` of the stage's items are done, with the rate of this session and the time left."""
+        seconds, new = time.monotonic() - self._started, done - self._first
+        rest = f", {new / seconds:.3g}/s, {duration((self._total - done) * seconds / new)} left" if new > 0 else ""
+        self._bar.note(f"{self._title}: {done}/{self._total}{rest if seconds > 0 else ''}")
 
 
 def duration(seconds: float) -> str:

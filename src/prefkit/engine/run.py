@@ -26,7 +26,7 @@ from torch import Tensor
 from prefkit.engine import checkpoint, directory, environment, files, seeds, trackers
 from prefkit.engine.checkpoint import Tracked
 from prefkit.engine.journal import Journal
-from prefkit.engine.progress import Bar, duration
+from prefkit.engine.progress import Bar, Stage, duration
 from prefkit.engine.row import Row, read
 from prefkit.engine.selection import Selection
 from prefkit.engine.world import World
@@ -56,31 +56,37 @@ class Run:
         self._fingerprints: dict[str, str] = {}
         self._restored: dict[str, Any] | None = None
         self._step = self._total = 0
-        self._in_step = self._best_now = self._looked = False
+        self._in_step = self._keep_now = self._looked = False
         self._row = Row()
         self._per_epoch: float | None = None
         self._stop = ""
         self._last_saved = self._selected = -1
         self._started, self._seconds_before = time.monotonic(), 0.0
-        self._bar: Bar | None = None
+        self._bar = Bar(total=0, done=0, visible=self.world.is_main)
         self._used = self.world.on_main(self._open)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         trackers.finish(self._trackers)
         self._trackers = []
 
     def say(self, text: str) -> None:
         """A line on stderr from the main process, above the progress bar."""
-        (self._bar or Bar(total=0, done=0, visible=self.world.is_main)).say(text)
+        self._bar.say(text)
+
+    def stage(self, title: str, total: int, done: int = 0) -> Stage:
+        """Progress of long work between two steps."""
+        return Stage(self._bar, title, total, done)
+
+    def keep(self) -> None:
+        """Write a checkpoint after this step, whatever the cadence."""
+        self._keep_now = True
 
     def track(self, **objects: Tracked) -> None:
-        """Name the objects that checkpoints hold; if there is a whole checkpoint, they are restored from the
-        newest.
+        """Name the objects that checkpoints hold; they are restored from the newest whole checkpoint, if any.
 
         Raises InputError when no checkpoint is whole, when the run was started with another number of
         processes or other data (see `fingerprint`), and when the disk has no room for two checkpoints.
@@ -96,16 +102,13 @@ class Run:
             self._cut_rows(0)
         else:
             self._restore(step)
-            if self.world.is_main:
-                for later in checkpoint.steps_in(self.directory):
-                    if later > step:
-                        files.discard(checkpoint.path_of(self.directory, later))
+            for later in checkpoint.steps_in(self.directory) if self.world.is_main else ():
+                if later > step:
+                    files.discard(checkpoint.path_of(self.directory, later))
         self.world.on_main(lambda: files.require_space(self.directory, 2 * self._checkpoint_bytes(), what="training"))
 
     def fingerprint(self, **names: str) -> None:
-        """What the run depends on besides its options (`data=sha`); a different value on resume is an
-        InputError.
-        """
+        """What the run depends on besides its options (`data=sha`); another value on resume is an InputError."""
         self._fingerprints.update(names)
         before = (self._restored or {}).get("fingerprints", {})
         for name, value in names.items():
@@ -119,8 +122,7 @@ class Run:
     def steps(self, total: int, *, per_epoch: float | None = None) -> Iterator[int]:
         """The steps to do, from 1 or after the restored one to `total`; `per_epoch` is the steps in an epoch.
 
-        After each loop body: the row is written if due, values are checked to be finite, the checkpoint is
-        written if due. Leave the loop with `stop`, never with `break`.
+        After each body values are checked to be finite, row and checkpoint written if due. Leave by `stop`, no `break`.
         """
         self._total, self._per_epoch = total, per_epoch
         if not self._looked:
@@ -172,7 +174,7 @@ class Run:
                 self._selection.check(values)
             return
         improved, reason = self._selection.evaluated(self._step, values)
-        self._best_now = self._best_now or improved
+        self._keep_now = self._keep_now or improved
         self._row.evaluated = True
         if reason:
             self.stop(reason)
@@ -204,6 +206,7 @@ class Run:
             "seconds": round(self._seconds(), 3),
             **{"model": model, "adapter": adapter},
         }
+        self._rotate()  # once more: a kill may have come between the last checkpoint and the removal of an old one
         self.world.on_main(lambda: files.write_json(self.directory / directory.RESULT, result))
         self.say(f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}")
         return result
@@ -267,14 +270,12 @@ class Run:
             self._stop = ""
 
     def _end_step(self) -> None:
-        save = self._best_now or self.due(self.config.save_steps)
+        save = self._keep_now or self.due(self.config.save_steps)
         write = self._row.evaluated or self.due(self.config.logging_steps)
         if write or save:
             self._check_finite()
         self._in_step = False
-        shown = self._write_row(self._row.values) if write else {}
-        if self._bar is not None:
-            self._bar.update(self._step, shown)
+        self._bar.update(self._step, self._write_row(self._row.values) if write else {})
         if save:
             self._save()
 
@@ -314,9 +315,12 @@ class Run:
         need = self._checkpoint_bytes()
         self.world.on_main(lambda: files.require_space(self.directory, need, what=f"checkpoint-{self._step}"))
         checkpoint.write(self.directory, self._step, self._tracked, state, self.world)
-        self._last_saved, self._best_now = self._step, False
-        protected = [] if self._selection.best is None else [int(self._selection.best["step"])]
-        self.world.on_main(lambda: checkpoint.rotate(self.directory, self.config.save_total_limit, protected))
+        self._last_saved, self._keep_now = self._step, False
+        self._rotate()
+
+    def _rotate(self) -> None:
+        best = [int(self._selection.best["step"])] if self._selection.best is not None else []
+        self.world.on_main(lambda: checkpoint.rotate(self.directory, self.config.save_total_limit, best))
 
     def _checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: those of the last one, or what the tracked objects hold."""
