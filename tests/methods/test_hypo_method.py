@@ -79,7 +79,8 @@ def test_micro_batches_equal_one_batch(inputs: Inputs, tmp_path: Path, estimator
     )
     for name in ("loss", "grad_norm", "objective/kl", "completions/mean_length"):
         one, many = torch.tensor(column(big, name)), torch.tensor(column(small, name))
-        torch.testing.assert_close(many, one, rtol=1e-4, atol=2e-6, msg=name)
+        # The loss is small because sums of tens of nats cancel in it: what float32 leaves of them is 1e-5.
+        torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5 if name == "loss" else 2e-6, msg=name)
 
 
 def test_the_kl_weight_acts(inputs: Inputs, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -209,6 +210,16 @@ def test_what_cannot_be_answered_is_refused(
 ) -> None:
     assert run(model, *words) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_several_processes_answer_into_a_file_only(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = TextPolicy.pretrained(str(model), dtype="float32")
+    policy.world = dataclasses.replace(policy.world, size=2)
+    monkeypatch.setattr(TextPolicy, "pretrained", lambda name, dtype: policy)
+    assert run(model, "-p", "red dog") == 2
+    assert "add --out" in capsys.readouterr().err
 
 
 def test_dashes_and_underscores_are_equal(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,8 @@ def _wants_adapter(run: Run, merge: bool) -> bool:
             where=where,
             mend="leave --merge off, and load the adapter on the same quantised base",
         )
-    return bool(run.result.adapter) and not merge
+    # A ranker's adapter lacks the markers' embeddings and the head: only the whole model is one.
+    return bool(run.result.adapter) and not merge and run.method != "ranker"
 
 
 def _check_target(run: Run, folder: Path, overwrite: bool) -> None:
@@ -124,9 +125,13 @@ def _check_target(run: Run, folder: Path, overwrite: bool) -> None:
 
 def _model(run: Run, folder: Path, dtype: str) -> str:
     """Finish a copy of the run's whole model."""
-    kind = "reward model" if run.method == "reward" else "model"
+    kind = {"reward": "reward model", "ranker": "pairwise ranker"}.get(run.method, "model")
     config = files.read_json(folder / "config.json")
     if dtype and dtype != (config.get("dtype") or config.get("torch_dtype")):
+        if run.method == "ranker":
+            raise InputError(
+                "a ranker is kept in float32", where="--dtype", mend="leave it out; --judge_dtype says how it computes"
+            )
         model = _load(folder, dtype)
         for file in folder.glob("*.safetensors*"):
             file.unlink()

@@ -3,6 +3,8 @@
 prefkit sample runs/hypo-demo -p "Write a one-sentence verdict."      answers on the terminal
 prefkit sample runs/hypo-demo --prompts held_out.jsonl --out a.jsonl  one JSON line for each answer, resumable
 prefkit sample runs/hypo-demo                                         a conversation
+
+Under `accelerate launch`, processes share the prompts of --out FILE; the file is the one that one process writes.
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import Prompt
 from prefkit.domains.text.sampler import MAX_ROWS, Decoding, TransformersSampler, check_prompts
 from prefkit.domains.text.tokenize import tokenize_prompts
-from prefkit.engine import files
+from prefkit.engine.parts import Parts, dealt, shown
 from prefkit.errors import InputError
 from prefkit.records import Message, Sample, Text
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     policy = TextPolicy.pretrained(options.model, dtype=options.dtype)
     chat = _chat(policy, options.chat)
     answerer = _Answerer(policy, decoding, options.seed)
+    if policy.world.size > 1 and not options.out:
+        raise InputError("several processes have no terminal to answer on", where="accelerate launch", mend="add --out")
     if given is None:
         return _converse(answerer, chat)
     prompts = [dataclasses.replace(prompt, prompt=_turn(prompt.prompt, chat)) for prompt in given]
@@ -194,79 +197,55 @@ def _last(prompt: Text) -> str:
 
 
 def _write(answerer: _Answerer, prompts: Sequence[Prompt], num: int, path: Path) -> int:
-    """Append what is missing in `path`, piece by piece, each forced to disk: killed, it goes on where it stopped."""
+    """Append what is missing in `path`, piece by piece, each forced to disk: killed, it goes on where it stopped.
+
+    Pieces are cut from all prompts before any is dealt to a process or found done, so that neither the number of
+    processes nor a kill changes which prompts are computed together.
+    """
     version = weights_fingerprint(answerer.policy.module)[:16]
-    done = _done(path, prompts, answerer.fixed(version))
-    missing = [p for p in prompts if any((p.row, index) not in done for index in range(num))]
-    ids = answerer.tokens(missing)
-    if done:
-        print(f"{len(done)} answers are in {path}; {len(missing)} of {len(prompts)} prompts are left", file=sys.stderr)
+    fixed, world = answerer.fixed(version), answerer.policy.world
+    by_row = {prompt.row: _plain(prompt.prompt) for prompt in prompts}
+    out = Parts(path=path, world=world, key=lambda row, where: _key(row, where, by_row, fixed))
+    done = out.open()
     size = max(1, MAX_ROWS // num)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.full_disk_is_an_input_error(path.parent), path.open("a", encoding="utf-8") as out:
-        for start in _progress(range(0, len(missing), size), len(missing)):
-            piece = missing[start : start + size]
-            drawn = answerer.answer(ids[start : start + size], [p.row for p in piece], num)
-            lines = [
-                json.dumps(answerer.row(prompt, sample, version), ensure_ascii=False) + "\n"
+    pieces = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    left = [piece for piece in pieces if any((p.row, index) not in done for p in piece for index in range(num))]
+    mine = [(piece, answerer.tokens(piece)) for piece in dealt(left, world)]
+    if done and world.is_main:
+        missing = sum(any((p.row, index) not in done for index in range(num)) for p in prompts)
+        print(f"{len(done)} answers are in {path}; {missing} of {len(prompts)} prompts are left", file=sys.stderr)
+    for piece, ids in shown(mine, lambda one: len(one[0]), label="prompts", visible=world.is_main):
+        drawn = answerer.answer(ids, [p.row for p in piece], num)
+        out.append(
+            [
+                answerer.row(prompt, sample, version)
                 for prompt, samples in zip(piece, drawn, strict=True)
                 for sample in samples
                 if (prompt.row, sample.index) not in done
             ]
-            out.write("".join(lines))
-            out.flush()
-            os.fsync(out.fileno())
-    print(f"{len(prompts) * num} answers: {path}")
+        )
+    out.finish()
+    if world.is_main:
+        print(f"{len(prompts) * num} answers: {path}")
     return 0
 
 
-def _progress(starts: range, total: int) -> Iterator[int]:
-    """The pieces' starts, behind a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("prompts", total=total)
-        for start in starts:
-            yield start
-            bar.update(task, completed=min(total, start + starts.step))
-
-
-def _done(path: Path, prompts: Sequence[Prompt], fixed: Mapping[str, Any]) -> set[tuple[int, int]]:
-    """(row, index) of the answers in the file, whose last line a kill may have cut: that one is removed.
-
-    Raises InputError where the file holds anything but answers to these prompts by this model with these settings.
-    """
-    if not path.exists():
-        return set()
-    if path.is_dir():
-        raise InputError("is a folder", where=f"--out {path}", mend="name a file")
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    by_row = {prompt.row: prompt.prompt for prompt in prompts}
-    done: set[tuple[int, int]] = set()
-    for number, line in enumerate(whole.decode("utf-8", errors="replace").splitlines(), start=1):
-        where = f"{path} line {number}"
-        try:
-            row: Any = json.loads(line)
-            key = int(row["row"]), int(row["index"])
-            changed = [name for name in FIXED if row[name] != fixed[name]]
-            prompt = row["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError("is no answer by prefkit sample", where=where, mend="choose another --out") from error
-        if changed:
-            told = ", ".join(f"{name} {row[name]!r} (now {fixed[name]!r})" for name in changed)
-            raise InputError(f"was drawn with {told}", where=where, mend="choose another --out")
-        if key[0] in by_row and _plain(by_row[key[0]]) != prompt:
-            raise InputError(
-                f"answers another prompt than row {key[0] + 1} of the prompts", where=where, mend="choose another --out"
-            )
-        done.add(key)
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return done
+def _key(row: Mapping[str, Any], where: str, prompts: Mapping[int, Any], fixed: Mapping[str, Any]) -> tuple[int, int]:
+    """(row, index) of an answer in the file; InputError unless it answers one of these prompts with these settings."""
+    try:
+        key = int(row["row"]), int(row["index"])
+        changed = [name for name in FIXED if row[name] != fixed[name]]
+        prompt = row["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("is no answer by prefkit sample", where=where, mend="choose another --out") from error
+    if changed:
+        told = ", ".join(f"{name} {row[name]!r} (now {fixed[name]!r})" for name in changed)
+        raise InputError(f"was drawn with {told}", where=where, mend="choose another --out")
+    if key[0] in prompts and prompts[key[0]] != prompt:
+        raise InputError(
+            f"answers another prompt than row {key[0] + 1} of the prompts", where=where, mend="choose another --out"
+        )
+    return key
 
 
 def _plain(prompt: Text) -> Any:

@@ -108,7 +108,7 @@ def compare(
 
 def _differences(rows: Sequence[tuple[Row, Row]], *, num_resamples: int, seed: int, level: float) -> list[Difference]:
     found: list[Difference] = []
-    first, second, groups = [left for left, _ in rows], [right for _, right in rows], _groups(rows)
+    first, second, groups = [left for left, _ in rows], [right for _, right in rows], groups_of(rows)
     for column, name in COLUMNS.items():
         if not (_all_have(first, column) and _all_have(second, column)):
             continue
@@ -129,7 +129,7 @@ def _wins(samples: Sequence[tuple[Row, Row]], names: tuple[str, str], judge: str
         (names[0], a, "the answers in the data", a, reference),
         (names[1], b, "the answers in the data", b, reference),
     ]
-    groups = _groups(samples)
+    groups = groups_of(samples)
     return [
         Win(
             judge=judge,
@@ -146,7 +146,8 @@ def _all_have(rows: Sequence[Row], name: str) -> bool:
     return bool(rows) and all(row.get(name) is not None for row in rows)
 
 
-def _groups(rows: Sequence[tuple[Row, Row]]) -> list[tuple[str, Any]]:
+def groups_of(rows: Sequence[tuple[Row, Row]]) -> list[tuple[str, Any]]:
+    """What matched rows are resampled by: their `group`, or each row alone."""
     return [
         ("row", index) if left.get("group") in (None, "") else ("group", str(left["group"]))
         for index, (left, _) in enumerate(rows)
@@ -156,7 +157,7 @@ def _groups(rows: Sequence[tuple[Row, Row]]) -> list[tuple[str, Any]]:
 def _by_key(rows: Sequence[Row], what: str) -> dict[tuple[Any, str], Row]:
     keyed: dict[tuple[Any, str], Row] = {}
     for row in rows:
-        key = (row["row"], json.dumps(row["prompt"], sort_keys=True))
+        key = (row["row"], _words(row["prompt"]))
         if key in keyed:
             raise InputError(
                 f"row {row['row']} with the same prompt stands twice among the {what}",
@@ -164,3 +165,10 @@ def _by_key(rows: Sequence[Row], what: str) -> dict[tuple[Any, str], Row]:
             )
         keyed[key] = row
     return keyed
+
+
+def _words(prompt: Any) -> str:
+    """A prompt in words: older runs wrote conversations so, newer ones as messages."""
+    if isinstance(prompt, str) or not all(isinstance(turn, Mapping) for turn in prompt):
+        return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return "\n".join(f"{turn.get('role')}: {turn.get('content') or ''}" for turn in prompt)

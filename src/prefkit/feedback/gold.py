@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefkit.records import Text
+
 STRENGTH = 4.0
 """inverse regularisation of the logistic regression"""
 
@@ -61,3 +63,8 @@ def held_out(texts: Sequence[str], labels: Sequence[int], groups: Sequence[str],
         num_groups=len({groups[i] for i in rest}),
         majority=max(share, 1 - share),
     )
+
+
+def brevity(prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
+    """Minus the number of characters: a judge without a model, to try the machinery with."""
+    return [-float(len(completion)) for completion in completions]

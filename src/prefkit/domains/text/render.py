@@ -120,6 +120,22 @@ def render(
     return texts
 
 
+def finished(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> tuple[str, str]:
+    """(text that a model would continue, the finished conversation to its very end), as the chat template writes them.
+
+    Raises InputError where there is no chat template or it refuses the conversation.
+    """
+    require_template(tokenizer, [prompt])
+    turns = [*prompt, {"role": "assistant", "content": answer}]
+    texts: list[str] = []
+    for messages, generation in ((prompt, True), (turns, False)):
+        text = _template(tokenizer, messages, {}, generation=generation)
+        if isinstance(text, Problem):
+            raise text.to_error()
+        texts.append(text)
+    return texts[0], texts[1]
+
+
 def _template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

@@ -1,7 +1,8 @@
 """A reward model over text: a transformers sequence-classification model with one output.
 
 The reward is read at the last token of prompt + answer (the end-of-sequence token of a whole answer), found by
-counting and not by looking for padding, so that any padding and pad == eos are right.
+counting and not by looking for padding, so that any padding and pad == eos are right. A model made elsewhere is read
+at the last token its chat template writes, as published reward models are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from prefkit.domains.text import backends, loading, quantised, weights
 from prefkit.domains.text.cache import weights_fingerprint
 from prefkit.domains.text.config import Lora
+from prefkit.domains.text.prompts import last_content
 from prefkit.domains.text.reference import without_dropout
+from prefkit.domains.text.render import encode, finished
 from prefkit.domains.text.scoring import Backend, Layout, causal_lm, hidden_states, lay_out
 from prefkit.domains.text.tokenize import tokenize_completions
 from prefkit.engine.precision import autocast, resolve_dtype
@@ -49,10 +52,10 @@ class RewardModule(nn.Module):
             hidden = hidden_states(inner.base_model, layout).flatten(0, 1).index_select(0, layout.ends)
         head = inner.score if "score" in dict(inner.named_children()) else inner.classifier
         # The head is tiny, and its differences are the training signal: float32.
-        return nn.functional.linear(hidden.float(), *_float_weights(head))[:, 0]
+        return nn.functional.linear(hidden.float(), *float_weights(head))[:, 0]
 
 
-def _float_weights(head: Any) -> tuple[Tensor, Tensor | None]:
+def float_weights(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear head in float32, whichever wrapper peft has put around it."""
     active = head.modules_to_save["default"] if "modules_to_save" in dict(head.named_children()) else head
     bias = active.bias
@@ -81,6 +84,10 @@ class RewardModel:
         self.revision = revision
         self.fingerprint = fingerprint
         """sha256 of the start weights"""
+        self.reads_last_token = True
+        """False for a model whose own forward pass reads elsewhere: `rewards` and `judge` are not for it"""
+        self.made_elsewhere = False
+        """whether `judge` reads a conversation to the end of its template, and not to the end-of-sequence token"""
 
     @classmethod
     def create(cls, options: Any, world: World, *, model: Any = None, tokenizer: Any = None) -> Self:
@@ -96,9 +103,10 @@ class RewardModel:
             loading.refuse_adapted(model)
             loading.refuse_sharded_merge(options, world)
             if model.get_output_embeddings() is not None:
-                model = _from_causal(model)
+                model = from_causal(model)
         _reset_head(model, options.seed)
         _name_pad(model, tokenizer)
+        setattr(model.config, MEAN, 0.0)
         if options.use_peft:
             model = loading.add_adapter(model, options, options, seed=options.seed, modules_to_save=["score"])
         loading.widen(model, dtype)
@@ -136,15 +144,22 @@ class RewardModel:
         place = torch.device(device) if device else world.device
         compute = resolve_dtype(dtype, place, training=False)
         model = loading.load_model(found.options, Lora(use_peft=True), found.model, compute, kind="reward")
+        ours = MEAN in model.config.to_dict()
         if found.adapter is not None:
+            extra = weights.extra(found.adapter)
+            ours = MEAN in extra
             model = loading.load_adapter(model, found.adapter)
-            setattr(causal_lm(model).config, MEAN, weights.extra(found.adapter).get(MEAN, 0.0))
+            setattr(causal_lm(model).config, MEAN, extra.get(MEAN, 0.0))
         without_dropout(model)
         quantised.evaluation_mode(model)
         module = RewardModule(model.requires_grad_(False), compute).to(place)
         tokenizer = loading.load_tokenizer(found.options, str(found.adapter or found.model))
-        _choose(module, tokenizer, "auto")
-        return cls(module, tokenizer, world=world, source=found.model, adapter=False)
+        fingerprint = weights_fingerprint(module)
+        made = cls(module, tokenizer, world=world, source=found.model, adapter=False, fingerprint=fingerprint)
+        made.reads_last_token, made.made_elsewhere = _reads_last_token(module), not ours
+        if made.reads_last_token:
+            _choose(module, tokenizer, "auto")
+        return made
 
     @property
     def model(self) -> Any:
@@ -167,7 +182,11 @@ class RewardModel:
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[Text], completions: Sequence[str], *, batch_size: int = 16) -> list[float]:
-        """Centred rewards of answers given as text; the model's own tokenizer and template are used."""
+        """Centred rewards of answers given as text; the model's own tokenizer and template are used.
+
+        Read at the last token that is not config.json's pad token, as transformers' own forward pass does: a model that
+        was trained with its end token as padding is read before it. `create` names no such pad token.
+        """
         rows = [
             Completion(
                 prompt=prompt,
@@ -177,12 +196,31 @@ class RewardModel:
             for i, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
         ]
         longest = getattr(causal_lm(self.model).config, "max_position_embeddings", 1 << 20)
-        examples = tokenize_completions(self.tokenizer, rows, max_length=longest)
+        ended = [row for row in rows if isinstance(row.prompt, str) or not self.made_elsewhere]
+        examples = tokenize_completions(self.tokenizer, ended, max_length=longest)
+        groups = {row.row: example.group for row, example in zip(ended, examples, strict=True)}
+        groups |= {row.row: self._to_its_end(row, longest) for row in rows if row.row not in groups}
         scores: list[float] = []
-        for start in range(0, len(examples), batch_size):
-            groups = [example.group for example in examples[start : start + batch_size]]
-            scores += self.rewards(groups)[:, 0].tolist()
+        for start in range(0, len(rows), batch_size):
+            read = [self._read_group(groups[row.row]) for row in rows[start : start + batch_size]]
+            scores += self.rewards(read)[:, 0].tolist()
         return scores
+
+    def _to_its_end(self, row: Completion, longest: int) -> Group:
+        """A conversation as its template writes it, cut at the model's context."""
+        assert not isinstance(row.prompt, str)
+        start, text = finished(self.tokenizer, row.prompt, last_content(row.completion))
+        prompt, whole = encode(self.tokenizer, [start, text])
+        require_room(len(prompt), longest, row.row)
+        return Group(whole[:1], [whole[1:longest]])
+
+    def _read_group(self, group: Group) -> Group:
+        """The group without what stands behind the token that is read."""
+        pad = causal_lm(self.model).config.get_text_config().pad_token_id
+        whole = [*group.prompt, *group.answers[0]]
+        end = next((i for i in range(len(whole), 1, -1) if whole[i - 1] != pad), len(whole))
+        border = min(len(group.prompt), end - 1)
+        return Group(whole[:border], [whole[border:end]])
 
     def save(self, folder: Path) -> None:
         weights.save(self.module, self.tokenizer, folder, world=self.world, adapter=self.uses_adapter)
@@ -209,9 +247,34 @@ class RewardModel:
         )
 
 
+def require_room(used: int, longest: int, row: int, *, added: int = 0) -> None:
+    """InputError for a prompt of `used` tokens that leaves no room for an answer beside the `added` special ones."""
+    if used + added >= longest:
+        raise InputError(
+            f"the prompt has {used} tokens, and the reward model takes {longest} with the answer",
+            where=f"row {row + 1}",
+            mend="leave the row out, or take a reward model with a longer context",
+        )
+
+
 def _choose(module: RewardModule, tokenizer: Any, backend: str) -> None:
     vocabulary = causal_lm(module.model).config.get_text_config().vocab_size
     backends.choose(module, backend, pad=tokenizer.pad_token_id or 0, vocabulary=vocabulary)
+
+
+@torch.no_grad()
+def _reads_last_token(module: RewardModule) -> bool:
+    """Whether the rewards of `module` are those of the model's own forward pass, tried on one sequence."""
+    inner: Any = causal_lm(module.model)
+    config = inner.config.get_text_config()
+    if "score" not in dict(inner.named_children()) or getattr(config, "is_encoder_decoder", False):
+        return False
+    device = next(module.parameters()).device
+    ids = [token for token in range(3, config.vocab_size) if token != config.pad_token_id][:8]
+    ours = module(lay_out([Group(ids[:4], [ids[4:]])], 0, device, last=True))
+    with autocast(module.dtype, device):
+        own = inner(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+    return bool((ours - own).abs().max() <= backends.TOLERANCE[module.dtype] * own.abs().clamp(min=1.0).max())
 
 
 def _require_reward_model(source: str) -> None:
@@ -251,7 +314,7 @@ def _name_pad(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = pad if pad not in (None, ends) else next(iter(others), None)
 
 
-def _from_causal(model: Any) -> Any:
+def from_causal(model: Any) -> Any:
     """A sequence-classification model with a copy of the backbone of a causal LM given in memory."""
     from transformers import AutoModelForSequenceClassification
 
