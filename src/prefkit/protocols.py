@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from prefkit.records import HeldOut, Text
+from prefkit.records import HeldOut, Question, Text, Verdict
 
 Metrics = dict[str, Tensor]
 """per-example values, (b,) each"""
@@ -17,6 +17,23 @@ Gold = Callable[[Sequence[Text], Sequence[str]], Sequence[float]]
 """scores answers given their prompts, higher is better: (prompts, completions) -> as many finite numbers
 
 Prompts are as in the data, strings or lists of messages; completions are strings."""
+
+
+class Judge(Protocol):
+    """Who prefers what. A judge knows texts only: whatever it needs of a model is given to it as callables."""
+
+    @property
+    def name(self) -> str:
+        """Kind, name and version; stands in every record of what it judged."""
+        ...
+
+    def judge(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question, in order.
+
+        Raises InputError when it cannot go on (a spent budget, an endpoint that is gone); what it was told until then
+        is not lost.
+        """
+        ...
 
 
 class Trackable(Protocol):
@@ -66,4 +83,21 @@ class Task(Protocol):
 
     def save_final(self, directory: Path) -> Mapping[str, str | None]:
         """Write the final model into the run directory; {"model": folder, "adapter": folder or None}."""
+        ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """What a task with rounds adds to `Task`: things to do between steps."""
+
+    def before(self, step: int, learner: Any) -> None:
+        """Called before a step's batches are made: begin its round where it is the first of one."""
+        ...
+
+    def after(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Called with what the step measured; raises InputError where training must not go on."""
+        ...
+
+    def ends_round(self, step: int) -> bool:
+        """Whether an evaluation and a checkpoint are due because a round ends with this step."""
         ...

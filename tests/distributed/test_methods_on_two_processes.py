@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prefkit
-from method_runs import Inputs, column, metrics, read, weights
+from method_runs import Inputs, column, lines, metrics, read, weights
 from prefkit import cli
 
 STEPS = 5
@@ -177,3 +177,32 @@ def test_processes_whose_rows_pack_differently_stay_in_step(ran, inputs: Inputs,
     torch.testing.assert_close(
         torch.tensor(column(directory, "loss")), torch.tensor(column(one, "loss")), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("how", ["gloo", "fsdp"])
+def test_rounds_on_two_processes_are_those_of_one(inputs: Inputs, tmp_path: Path, how: str) -> None:
+    options = {"prompts_per_round": 8, "use_peft": False}
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(inputs, "selm", one, "one", **options)
+    launch(inputs, "selm", two, how, **options)
+    for number in (1, 2, 3):
+        first, second = (lines(path / "rounds" / f"0000{number}.jsonl") for path in (one, two))
+        for row, other in zip(first, second, strict=True):
+            assert [a["tokens"] for a in row["answers"]] == [a["tokens"] for a in other["answers"]]
+            assert row["matches"] == other["matches"]
+    counts = [read(path / "rounds" / "00003.json") for path in (one, two)]
+    assert counts[0]["spent"] == counts[1]["spent"]
+    shares = [column(path, "optimism/gradient_share") for path in (one, two)]
+    assert min(shares[0]) > 0.01 and (shares[1] == [] if how == "fsdp" else len(shares[1]) == len(shares[0]))
+    assert_alike(one, two, lora=False)
+
+
+def test_rounds_stopped_on_two_processes_go_on(inputs: Inputs, tmp_path: Path) -> None:
+    options = {"prompts_per_round": 8, "use_peft": False}
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    launch(inputs, "selm", whole, "gloo", **options)
+    launch(inputs, "selm", directory, "gloo", **options, max_steps=3)
+    launch(inputs, "selm", directory, "gloo", **options)
+    assert column(directory, "loss") == column(whole, "loss")
+    one, two = weights(whole), weights(directory)
+    assert all(torch.equal(one[name], two[name]) for name in one)

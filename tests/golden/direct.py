@@ -99,7 +99,57 @@ def hypo_cases() -> list[dict]:
     return cases
 
 
-FILES = {"dpo.json": dpo_cases, "hypo.json": hypo_cases}
+def selm_cases() -> list[dict]:
+    """α multiplies β; coefficients on chosen, rejected and own are -βs, βs and αβ, s = σ(-m)."""
+    draw = np.random.default_rng(2)
+    cases = []
+    for beta, alpha, bound in ((0.01, 0.001, None), (0.1, 0.1, None), (0.1, 0.5, 5.0)):
+        names = ("chosen", "rejected", "own", "ref_chosen", "ref_rejected", "ref_own")
+        inputs = {name: np.round(-30 * draw.random(4), 3).tolist() for name in names}
+        own = [a - b for a, b in zip(inputs["own"], inputs["ref_own"], strict=True)]
+        pairs = [inputs[name] for name in names if "own" not in name]
+        offline = dpo(*pairs, beta=beta, kind="sigmoid", label_smoothing=0.0)
+        pull = [1 - float(np.exp(-loss)) for loss in offline]
+        held = [bound is not None and x < -bound for x in own]
+        cases.append(
+            {
+                "inputs": inputs,
+                "options": {"beta": beta, "alpha": alpha, "max_log_ratio": bound},
+                "loss": [
+                    loss + alpha * beta * (-(bound or 0.0) if stop else x)
+                    for loss, x, stop in zip(offline, own, held, strict=True)
+                ],
+                "gradient": {
+                    "chosen": [-beta * s for s in pull],
+                    "rejected": [beta * s for s in pull],
+                    "own": [0.0 if stop else alpha * beta for stop in held],
+                },
+                "share": [alpha / (alpha + 2 * s) for s in pull],
+            }
+        )
+    return cases
+
+
+def xpo_cases() -> list[dict]:
+    """α stands alone."""
+    draw = np.random.default_rng(3)
+    cases = []
+    for beta, alpha in ((0.1, 1e-5), (0.5, 0.02)):
+        names = ("chosen", "rejected", "ref_sample", "ref_chosen", "ref_rejected")
+        inputs = {name: np.round(-30 * draw.random(4), 3).tolist() for name in names}
+        pairs = [inputs[name] for name in names if name != "ref_sample"]
+        offline = dpo(*pairs, beta=beta, kind="sigmoid", label_smoothing=0.0)
+        cases.append(
+            {
+                "inputs": inputs,
+                "options": {"beta": beta, "alpha": alpha},
+                "loss": [loss + alpha * x for loss, x in zip(offline, inputs["ref_sample"], strict=True)],
+            }
+        )
+    return cases
+
+
+FILES = {"dpo.json": dpo_cases, "hypo.json": hypo_cases, "selm.json": selm_cases, "xpo.json": xpo_cases}
 
 if __name__ == "__main__":
     for name, cases in FILES.items():

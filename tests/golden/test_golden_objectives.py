@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prefkit.objectives.margin import KINDS
+from prefkit.objectives.optimism import optimism_share, selm_loss, xpo_loss
 from prefkit.objectives.preference import dpo_loss, hypo_kl, hypo_loss
 
 HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ def near(value: torch.Tensor, expected: list) -> None:
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dpo.json", "hypo.json"])
+@pytest.mark.parametrize("name", ["dpo.json", "hypo.json", "selm.json", "xpo.json"])
 def test_files_are_what_the_direct_formulas_give(name):
     spec = importlib.util.spec_from_file_location("direct", HERE / "direct.py")
     assert spec and spec.loader
@@ -60,3 +61,24 @@ def test_hypo(case):
     if state_kl is not None and state_kl.grad is not None:
         near(state_kl.grad, case["gradient_state_kl"])
     near(hypo_kl(inputs["own"], inputs["ref_own"]), case["kl"])
+
+
+@pytest.mark.parametrize("case", load("selm.json"), ids=lambda case: str(case["options"]))
+def test_selm(case):
+    inputs = {name: value.requires_grad_() for name, value in tensors(case["inputs"]).items()}
+    options = dict(case["options"])
+    loss = selm_loss(**inputs, **options)
+    near(loss, case["loss"])
+    loss.sum().backward()
+    for name, expected in case["gradient"].items():
+        slope = inputs[name].grad
+        assert slope is not None
+        near(slope, expected)
+    del options["max_log_ratio"]
+    pair = {name: value for name, value in inputs.items() if "own" not in name}
+    near(optimism_share(**pair, **options), case["share"])
+
+
+@pytest.mark.parametrize("case", load("xpo.json"), ids=lambda case: str(case["options"]))
+def test_xpo(case):
+    near(xpo_loss(**tensors(case["inputs"]), **case["options"]), case["loss"])

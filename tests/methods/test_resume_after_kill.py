@@ -28,6 +28,10 @@ CASES = {
     "dpo-cached-reference": ("dpo", {"precompute_ref_log_probs": True, "use_peft": True}),
     "dpo-token-budget": ("dpo", {"tokens_per_batch": 130, "gradient_accumulation_steps": 2}),
     "reward-lora": ("reward", {"use_peft": True, "keep_best": "-eval_rewards/margins"}),
+    "ranker-lora": ("ranker", {"use_peft": True}),
+    "selm-rounds": ("selm", {"prompts_per_round": 6, "alpha": 0.2}),
+    "online-dpo-lora": ("online_dpo", {"use_peft": True}),
+    "osp-ema-lora": ("osp", {"use_peft": True, "self_judge": "ema", "ema_decay": 0.5}),
 }
 
 

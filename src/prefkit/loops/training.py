@@ -15,7 +15,7 @@ from prefkit.engine.learner import Learner
 from prefkit.engine.run import Run
 from prefkit.evaluation.stats import bootstrap
 from prefkit.evaluation.winrate import from_scores
-from prefkit.protocols import Task
+from prefkit.protocols import Staged, Task
 from prefkit.records import HeldOut, Result
 
 INTERVALS = {
@@ -101,12 +101,21 @@ def train(run: Run, task: Task, data: Prepared) -> HeldOut:
     start = _start(run, task)
     selecting = bool(config.keep_best or config.patience or config.stop_at_kl)
     tokens = sum(data.num_tokens(step, world.size) for step in range(1, run.resumed_step + 1))
+    rounds = task if isinstance(task, Staged) else None
     for step in run.steps(total, per_epoch=data.steps_per_epoch(world.size)):
         rows, first = data.rows(step, world.rank, world.size)
         tokens += data.num_tokens(step, world.size)
         run.log({"num_tokens": float(tokens)})
-        run.log(learner.update(task.batches(step, rows, first), task.compute, weight=task.weight))
-        if config.eval_steps and run.due(config.eval_steps):
+        if rounds is not None:
+            rounds.before(step, learner)
+        values = learner.update(task.batches(step, rows, first), task.compute, weight=task.weight)
+        run.log(values)
+        if rounds is not None:
+            rounds.after(step, values)
+        round_ends = rounds is not None and rounds.ends_round(step)
+        if round_ends:
+            run.keep()
+        if round_ends or (config.eval_steps and run.due(config.eval_steps)):
             run.evaluated(task.evaluate(selecting=selecting).metrics)
     run.select()
     task.finish()

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from prefkit.objectives.divergence import kl_estimate, reverse_kl
-from prefkit.objectives.margin import Kind, Logistic, pairwise
+from prefkit.objectives.margin import Kind, Logistic, pairwise, soft_logistic
 
-__all__ = ["dpo_loss", "gap", "hypo_kl", "hypo_loss", "nll", "offline_kl_loss"]
+__all__ = ["dpo_loss", "gap", "hypo_kl", "hypo_loss", "nll", "offline_kl_loss", "osp_loss"]
 
 
 def gap(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
@@ -51,6 +51,47 @@ def dpo_loss(
     """
     difference = gap(chosen, rejected, ref_chosen, ref_rejected)
     return pairwise(difference, kind=kind, beta=beta, label_smoothing=label_smoothing)
+
+
+def osp_loss(
+    first: Tensor,
+    second: Tensor,
+    ref_first: Tensor,
+    ref_second: Tensor,
+    *,
+    beta: float,
+    strength: Tensor | float,
+) -> Tensor:
+    """OSP's soft-preference cross-entropy of each pair, four times (b,) -> (b,).
+
+        -p log σ(h) - (1-p) log σ(-h),   h = β [(first - ref_first) - (second - ref_second)],   p = strength
+
+    Its gradient in h is σ(h) - p: the margin is drawn to logit(p)/β, which is finite for p in (0, 1). Strength 1 is
+    `dpo_loss` bit for bit; a constant 1 - ε is `dpo_loss` with label smoothing ε.
+
+    Args:
+        strength: judged probability in [0, 1] that the first answer is better, a number or (b,); no gradient enters it.
+
+    Raises:
+        ValueError: a shape that is not (b,), beta ≤ 0, a strength outside [0, 1] or not a number.
+
+    >>> import torch
+    >>> start = torch.tensor([-10.0])
+    >>> osp_loss(start + 20, start, start, start, beta=0.1, strength=0.9)
+    tensor([0.3269])
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    difference = gap(first, second, ref_first, ref_second)
+    if isinstance(strength, Tensor):
+        if strength.shape != difference.shape:
+            raise ValueError(f"strength is {tuple(strength.shape)}; it must be (b,), one probability per pair")
+        strength = strength.detach().to(difference)
+        if not bool(((strength >= 0) & (strength <= 1)).all()):
+            raise ValueError("strength is a probability: every value must lie in [0, 1]")
+    elif not 0 <= strength <= 1:
+        raise ValueError(f"strength is a probability in [0, 1], got {strength}")
+    return soft_logistic(beta * difference, strength)
 
 
 def hypo_loss(

@@ -66,8 +66,12 @@ def save(
     *,
     size: tuple[float, float] = SIZE,
     margins: tuple[float, float, float, float] = MARGINS,
+    whole_x: bool = False,
 ) -> Figure:
-    """Draws one pair of axes by `paint` and writes folder/name.png; margins as in MARGINS."""
+    """Draws one pair of axes by `paint` and writes folder/name.png; margins as in MARGINS.
+
+    With `whole_x` the horizontal axis counts, and has ticks at whole numbers only.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -83,17 +87,17 @@ def save(
         axes.set_title(title, pad=10)
         paint(axes)
         if axes.axison:
-            for axis in (axes.xaxis, axes.yaxis):
-                _write_ticks(axis)
+            _write_ticks(axes.xaxis, whole=whole_x)
+            _write_ticks(axes.yaxis)
         canvas.savefig(path, metadata={"Software": None})
     return Figure(name, path, title, alt)
 
 
-def _write_ticks(axis: Any) -> None:
+def _write_ticks(axis: Any, *, whole: bool = False) -> None:
     """Few ticks in as few digits as tell them apart; matplotlib's own would put an offset or 1e-5 above the axis."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole))
     low, high = sorted(axis.get_view_interval())
     shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
     digits = next((d for d in range(2, 9) if len({f"{tick:.{d}g}" for tick in shown}) == len(shown)), 9)

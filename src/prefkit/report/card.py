@@ -12,19 +12,33 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prefkit.assets import ASSETS
 from prefkit.errors import InputError
-from prefkit.report import wording
+from prefkit.report import judges, wording
 from prefkit.report.method import bibtex, describe
 from prefkit.report.metrics import metric, plain
 from prefkit.report.page import save
 from prefkit.report.read import Run, read
+from prefkit.report.round_counts import Rounds, read_rounds
+from prefkit.report.rounds import cost
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BASE_OF_ASSET = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub ids of packaged models, for the card's `base_model`"""
 
 KINDS = {
-    "text-generation": ("sft", "dpo", "hypo", "selm", "osp", "drpo", "ppo"),
-    "text-classification": ("reward",),
+    "text-generation": (
+        "sft",
+        "dpo",
+        "hypo",
+        "sdpo",
+        "iterative_dpo",
+        "online_dpo",
+        "selm",
+        "xpo",
+        "osp",
+        "drpo",
+        "ppo",
+    ),
+    "text-classification": ("reward", "ranker"),
 }
 
 
@@ -59,6 +73,7 @@ def render(run: Run, *, licence: str = "", base_model: str = "", adapter: bool =
     model = public(run.config.get("model_name_or_path"))
     base = base_model or BASE_OF_ASSET.get(model, model if HUB_ID.fullmatch(model) else "")
     data = public(run.config.get("dataset_name"))
+    rounds = read_rounds(run)
     known = licence or (ASSETS[model].licence_content if model in ASSETS else "")
     environment = Environment(
         loader=PackageLoader("prefkit", "report"),
@@ -81,7 +96,8 @@ def render(run: Run, *, licence: str = "", base_model: str = "", adapter: bool =
         verdicts=wording.verdicts(run.main_evaluation),
         split_note=wording.split_note(run),
         selection=wording.selection(run),
-        limitations=_limitations(run),
+        labels=_labels(run, rounds),
+        limitations=_limitations(run, rounds),
         command=public_command(str(run.environment.get("command") or "")),
         config=[(name, _cell(public(value))) for name, value in _config(run)],
         versions=[(name, str(value)) for name, value in (run.environment.get("versions") or {}).items()],
@@ -127,7 +143,24 @@ def _config(run: Run) -> list[tuple[str, Any]]:
     return sorted(named.items(), key=lambda item: item[0] not in changed)
 
 
-def _limitations(run: Run) -> list[str]:
+def _labels(run: Run, rounds: Rounds | None) -> list[str]:
+    """Who judged, in how many rounds, for how many labels."""
+    if rounds is None:
+        return []
+    total = rounds.total
+    lines = [f"Rounds: {len(rounds.each):,}, with {total.answers:,} answers drawn and {total.matches:,} pairs"]
+    if not rounds.judge:
+        return [*lines, "Judge: none; the rounds train on stored pairs"]
+    what, whose = judges.described(rounds.judge), judges.provenance(rounds.judge)
+    lines.append(f"Judge: `{rounds.judge}`" + (f", {what}. {whose}" if what else ""))
+    tokens = f", {total.tokens:,} tokens" if total.tokens else ""
+    lines.append(f"Label budget: {total.comparisons:,} comparisons asked, {total.calls:,} calls of the judge{tokens}")
+    if price := cost(run, rounds):
+        lines.append(f"Cost of the judge: {price}, at the prices given to the run")
+    return lines
+
+
+def _limitations(run: Run, rounds: Rounds | None) -> list[str]:
     evaluation = run.main_evaluation
     lines = [
         f"{verdict.label}: {verdict.sentence}"
@@ -139,6 +172,13 @@ def _limitations(run: Run) -> list[str]:
         lines.append(f"Held-out results rest on at most {max(sizes)} rows of data like the training data.")
     else:
         lines.append("No held-out result with an interval was stored.")
+    if rounds is not None and judges.kind_of(rounds.judge) not in ("", "stored"):
+        lines.append(
+            f"The preferences it learned from are simulated by {judges.described(rounds.judge)}, with its mistakes; "
+            "they are not the judgment of people."
+        )
+    if option := judges.same_as_evaluation(run.config):
+        lines.append(judges.NOT_INDEPENDENT[option])
     if any(plain(name).startswith("gold") for name in evaluation.final):
         lines.append("The gold reward is a classifier or rule: optimising towards it can exploit its mistakes.")
     lines.append("Preference training changes style and content together; it was not checked for safety or facts.")

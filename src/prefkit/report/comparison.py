@@ -11,8 +11,10 @@ from typing import Any
 from prefkit.report import curves, wording
 from prefkit.report.canvas import Figure, interval_text
 from prefkit.report.metrics import UNIMPORTANT, duration, metric, number, plain, rank
-from prefkit.report.page import Table, embedded, render, save, table
+from prefkit.report.page import render, save
+from prefkit.report.parts import Table, embedded, table
 from prefkit.report.read import Run
+from prefkit.report.round_counts import read_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,13 @@ def _runs(runs: Sequence[Run], labels: Sequence[str]) -> Table:
         )
         for label, run in zip(labels, runs, strict=True)
     ]
-    return table(("Run", "Method", "Model", "Data", "Selected step", "Time"), rows, numeric=())
+    columns = ("Run", "Method", "Model", "Data", "Selected step", "Time")
+    rounds = [read_rounds(run) for run in runs]
+    if not any(rounds):
+        return table(columns, rows, numeric=())
+    budget = [(f"{len(one.each):,}", f"{one.total.comparisons:,}") if one else ("–", "–") for one in rounds]
+    more = [(*row, *found) for row, found in zip(rows, budget, strict=True)]
+    return table((*columns, "Rounds", "Comparisons asked"), more, numeric=())
 
 
 def _results(runs: Sequence[Run], labels: Sequence[str]) -> Table:

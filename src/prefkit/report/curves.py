@@ -27,6 +27,8 @@ class Panel:
     lines: tuple[tuple[str, str], ...]
     neutral: float | None = None
     smooth: bool = True
+    constant: bool = True
+    """drawn, too, where no value differs from another"""
 
 
 def _both(name: str, title: str, metric: str, neutral: float | None = None) -> Panel:
@@ -38,6 +40,15 @@ PANELS = (
     _both("accuracies", "Preference accuracy", "rewards/accuracies", 0.5),
     _both("margins", "Reward margin", "rewards/margins", 0.0),
     Panel("rewards", "Rewards in training", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0),
+    Panel("strength", "Strength of the pairs, by the judge", (("strength", ""),), 0.5, constant=False),
+    Panel("optimism", "Optimism's share of the gradient", (("optimism/gradient_share", ""),), 0.0),
+    Panel("optimism_ratio", "Log-ratio of the optimism answer (nats)", (("optimism/log_ratio", ""),), 0.0),
+    Panel(
+        "judge",
+        "The judge on answers drawn (shares)",
+        (("judge/gold_accuracy", "as gold says"), ("judge/prefers_longer", "for longer")),
+        0.5,
+    ),
     _both("kl", "KL to the reference (nats)", "objective/kl", 0.0),
     _both("gold", "Gold reward of own answers", "gold"),
     _both("scores", "Reward-model score of own answers", "objective/scores"),
@@ -46,6 +57,21 @@ PANELS = (
     Panel("learning_rate", "Learning rate", (("learning_rate", ""),), smooth=False),
     Panel("grad_norm", "Gradient norm before clipping", (("grad_norm", ""),)),
 )
+
+
+MOST_BORDERS = 12
+"""borders of rounds that are drawn; more would be a hatching"""
+
+
+def borders(run: Run) -> list[float]:
+    """Where rounds begin after the first, between the last step of one and the first of the next; none of many."""
+    steps, rounds = run.series("rounds/round")
+    found = [
+        (steps[place - 1] + steps[place]) / 2
+        for place in range(1, len(rounds))
+        if rounds[place] != rounds[place - 1] and steps[place] > steps[place - 1]
+    ]
+    return found if len(found) <= MOST_BORDERS else []
 
 
 def draw(run: Run, folder: Path) -> list[Figure]:
@@ -94,14 +120,18 @@ def _panel(panel: Panel, runs: Sequence[Run], folder: Path, labels: Sequence[str
             lines.append(Line(_short(labels[place]) if labels else label, steps, values, colour, smooth))
     if all(len(line.values) < 2 for line in lines):
         return None
+    if not panel.constant and all(len(set(line.values)) == 1 for line in lines):
+        return None
 
     def paint(axes: Any) -> None:
         if panel.neutral is not None:
             axes.axhline(panel.neutral, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for border in () if labels else borders(runs[0]):
+            axes.axvline(border, color=FAINT, linewidth=0.7, alpha=0.6, zorder=0)
         limits: list[float] = [] if panel.neutral is None else [panel.neutral]
         for line in lines:
             limits += _draw(axes, line)
-        _frame(axes, limits)
+        frame(axes, limits)
         axes.set_xlabel("step")
         label_ends(axes, [(line.shown[-1], line.label, line.colour) for line in lines])
 
@@ -139,7 +169,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return ((sums[high] - sums[low]) / (high - low)).tolist()
 
 
-def _frame(axes: Any, limits: Sequence[float]) -> None:
+def frame(axes: Any, limits: Sequence[float]) -> None:
+    """Sets the height of the axes so that these values are in view."""
     low, high = min(limits), max(limits)
     # At least half a percent of the values themselves is shown: noise in the sixth digit is no curve.
     span = max(high - low, 0.005 * max(abs(low), abs(high)), 1e-9)

@@ -20,11 +20,55 @@ PAPERS: dict[str, tuple[str, str, int]] = {
         "and Chelsea Finn",
         2023,
     ),
+    "2306.02561": (
+        "LLM-Blender: Ensembling Large Language Models with Pairwise Ranking and Generative Fusion",
+        "Dongfu Jiang and Xiang Ren and Bill Yuchen Lin",
+        2023,
+    ),
     "2310.12036": (
         "A General Theoretical Paradigm to Understand Learning from Human Preferences",
         "Mohammad Gheshlaghi Azar and Mark Rowland and Bilal Piot and Daniel Guo and Daniele Calandriello "
         "and Michal Valko and R{\\'e}mi Munos",
         2023,
+    ),
+    "2312.11456": (
+        "Iterative Preference Learning from Human Feedback: Bridging Theory and Practice for RLHF under KL-Constraint",
+        "Wei Xiong and Hanze Dong and Chenlu Ye and Ziqi Wang and Han Zhong and Heng Ji and Nan Jiang and Tong Zhang",
+        2023,
+    ),
+    "2402.04792": (
+        "Direct Language Model Alignment from Online AI Feedback",
+        "Shangmin Guo and Biao Zhang and Tianlin Liu and Tianqi Liu and Misha Khalman and Felipe Llinares "
+        "and Alexandre Rame and Thomas Mesnard and Yao Zhao and Bilal Piot and Johan Ferret and Mathieu Blondel",
+        2024,
+    ),
+    "2403.19270": (
+        "sDPO: Don't Use Your Data All at Once",
+        "Dahyun Kim and Yungi Kim and Wonho Song and Hyeonwoo Kim and Yunsu Kim and Sanghoon Kim and Chanjun Park",
+        2024,
+    ),
+    "2404.19733": (
+        "Iterative Reasoning Preference Optimization",
+        "Richard Yuanzhe Pang and Weizhe Yuan and Kyunghyun Cho and He He and Sainbayar Sukhbaatar and Jason Weston",
+        2024,
+    ),
+    "2405.14103": (
+        "Online Self-Preferring Language Models",
+        "Yuanzhao Zhai and Zhuo Zhang and Kele Xu and Hanyang Peng and Yue Yu and Dawei Feng and Cheng Yang "
+        "and Bo Ding and Huaimin Wang",
+        2024,
+    ),
+    "2405.19332": (
+        "Self-Exploring Language Models: Active Preference Elicitation for Online Alignment",
+        "Shenao Zhang and Donghan Yu and Hiteshi Sharma and Han Zhong and Zhihan Liu and Ziyi Yang and Shuohang Wang "
+        "and Hany Hassan and Zhaoran Wang",
+        2024,
+    ),
+    "2405.21046": (
+        "Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF",
+        "Tengyang Xie and Dylan J. Foster and Akshay Krishnamurthy and Corby Rosset and Ahmed Awadallah "
+        "and Alexander Rakhlin",
+        2024,
     ),
     "2406.01462": (
         "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
@@ -33,6 +77,9 @@ PAPERS: dict[str, tuple[str, str, int]] = {
     ),
 }
 """arXiv number -> title, authors, year; a number that is missing here is cited by number alone"""
+
+TITLES = {"sdpo": "sDPO"}
+"""names that neither a docstring nor a rule spells right"""
 
 
 @dataclass(frozen=True)
@@ -45,9 +92,11 @@ class Method:
 
     @property
     def title(self) -> str:
-        """The name as its docstring spells it (HyPO), else capitals for a short name, else a plain word."""
+        """The name as its docstring spells it (HyPO, Online DPO), else capitals for a short name, else a plain word."""
+        if self.name in TITLES:
+            return TITLES[self.name]
         spelled = self.summary.partition(":")[0]
-        if spelled.lower() == self.name:
+        if spelled.lower().replace(" ", "_") == self.name:
             return spelled
         return self.name.upper() if len(self.name) <= 4 else self.name.replace("_", " ").capitalize()
 

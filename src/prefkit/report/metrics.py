@@ -40,6 +40,9 @@ METRICS: dict[str, Metric] = {
     "rewards/rejected": Metric(
         "Reward of rejected", "mean reward of the rejected answers (β times the log-ratio for a policy)"
     ),
+    "order_agreement": Metric(
+        "Agreement between orders", "share of pairs judged alike whichever answer is shown first", "higher"
+    ),
     "logps/chosen": Metric("Log-prob of chosen", "mean summed log-probability of the chosen answers, in nats"),
     "logps/rejected": Metric("Log-prob of rejected", "mean summed log-probability of the rejected answers, in nats"),
     "logps/completion": Metric("Log-prob of answers", "mean summed log-probability of the training answers, in nats"),
@@ -60,6 +63,44 @@ METRICS: dict[str, Metric] = {
         "higher",
         0.5,
     ),
+    "strength": Metric("Strength", "mean probability, by the judge, that the chosen answer is the better one"),
+    "optimism/loss": Metric("Optimism term", "the part of the loss that pushes an answer down; it may be negative"),
+    "optimism/gradient_share": Metric(
+        "Optimism's share of the gradient",
+        "norm of the optimism term's gradient over the sum of both terms' norms, in the last trained layer",
+    ),
+    "optimism/log_ratio": Metric(
+        "Log-ratio of the optimism answer",
+        "mean log-ratio to the reference of the answer that optimism lowers, in nats",
+    ),
+    "optimism/log_ratio_per_token": Metric(
+        "Log-ratio per token of the optimism answer", "the same per token, which the divergence detector watches"
+    ),
+    "rounds/round": Metric("Round", "the round that a step belongs to"),
+    "rounds/matches": Metric("Pairs of the round", "pairs of answers that the round trains on"),
+    "rounds/dropped": Metric("Dropped prompts", "prompts of the round that gave no pair"),
+    "rounds/comparisons": Metric("Comparisons asked", "comparisons the judge was asked for so far, over all rounds"),
+    "rounds/judge_calls": Metric("Calls of the judge", "requests or forward passes of the judge so far"),
+    "rounds/judge_tokens": Metric("Tokens of the judge", "tokens read and written by the judge so far"),
+    "rounds/order_agreement": Metric(
+        "Agreement between orders, in the round",
+        "share of comparisons asked in both orders in which both say the same",
+    ),
+    "rounds/tie_rate": Metric("Ties", "share of the round's comparisons that tie"),
+    "rounds/mean_length": Metric("Length of drawn answers", "mean tokens of the answers drawn in the round"),
+    "rounds/answers_finished": Metric(
+        "Finished drawn answers", "share of the answers drawn in the round that ended before the token limit"
+    ),
+    "judge/prefers_longer": Metric(
+        "Judge prefers the longer", "share of the round's preferences that go to the answer of more tokens"
+    ),
+    "judge/gold_accuracy": Metric(
+        "Judge agrees with gold", "share of the round's preferences that the gold reward has, too", "higher"
+    ),
+    "judge/gold_calibration_error": Metric(
+        "Calibration error of the judge", "of its probabilities, with the gold reward's preferences as labels", "lower"
+    ),
+    "judge/gold_pairs": Metric("Pairs with a gold preference", "comparisons the judge's agreement with gold rests on"),
     "entropy": Metric("Entropy", "mean entropy of the next-token distributions along the stored answers, in nats"),
     "mean_token_accuracy": Metric("Token accuracy", "share of stored answer tokens that are the likeliest", "higher"),
     "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,18 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from prefkit.errors import InputError
-from prefkit.report import curves, shapes, wording
+from prefkit.report import curves, rounds, shapes, wording
 from prefkit.report.canvas import Figure
 from prefkit.report.metrics import number
+from prefkit.report.parts import Table, embedded, pairs, table, text_of
 from prefkit.report.read import Row, Run, read
 
 MOST_SAMPLES = 40
 """samples on the page; the files hold all of them"""
 
 QUANTILES = (("0", "shortest"), ("0.5", "median"), ("0.95", "95 %"), ("1", "longest"))
-
-Table = dict[str, Any]
-"""title, columns, numeric (names of right-aligned columns), rows, kind"""
 
 
 def write(directory: Path | str, out: Path | str | None = None) -> Path:
@@ -36,11 +31,14 @@ def write(directory: Path | str, out: Path | str | None = None) -> Path:
     plots = run.directory / "plots"
     figures = curves.draw(run, plots) + shapes.histograms(run, plots)
     path = Path(out) if out is not None else run.directory / "report.html"
-    return save(render("run.html", context(run, figures, shapes.intervals(run, plots))), path)
+    online = rounds.section(run, plots)
+    return save(render("run.html", context(run, figures, shapes.intervals(run, plots), online)), path)
 
 
-def context(run: Run, figures: Sequence[Figure], intervals: Figure | None) -> dict[str, Any]:
-    """Everything the template `run.html` shows."""
+def context(
+    run: Run, figures: Sequence[Figure], intervals: Figure | None, online: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything the template `run.html` shows; `online` is its section on rounds, where the run had any."""
     changed, unchanged = wording.settings(run)
     change = wording.change_rows(run.main_evaluation)
     return {
@@ -56,6 +54,9 @@ def context(run: Run, figures: Sequence[Figure], intervals: Figure | None) -> di
         "split_note": wording.split_note(run),
         "change": table(("Metric", "Start", "Final", "Change", "Interval of final"), change) if change else None,
         "plots": [embedded(figure) for figure in figures],
+        "rounds": online,
+        "borders": curves.borders(run),
+        "new_reference": bool(run.config.get("reset_reference")),
         "samples": [_sample(row) for row in run.samples[:MOST_SAMPLES]],
         "samples_note": _samples_note(run),
         "data": _data(run.data),
@@ -96,41 +97,6 @@ def save(html: str, path: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", where=str(path), mend="choose another --out") from None
     return path
-
-
-def embedded(figure: Figure) -> dict[str, Any]:
-    """A figure as a data URI with its size in CSS pixels (drawn at two pixels each)."""
-    content = figure.path.read_bytes()
-    width, height = struct.unpack(">II", content[16:24])  # the IHDR chunk stands first in every PNG
-    uri = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
-    return {"uri": uri, "alt": figure.alt, "width": width // 2, "height": height // 2}
-
-
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    title: str = "",
-    kind: str = "",
-    numeric: Sequence[str] | None = None,
-) -> Table:
-    """A table whose columns after the first are numbers unless `numeric` names others."""
-    chosen = columns[1:] if numeric is None else numeric
-    return {"title": title, "columns": columns, "numeric": chosen, "rows": rows, "kind": kind}
-
-
-def pairs(rows: Sequence[tuple[str, str]], *, title: str = "") -> Table:
-    """A table of names and values without a head."""
-    return {"title": title, "columns": (), "numeric": (), "rows": rows, "kind": "pairs"}
-
-
-def text_of(prompt: Any) -> str:
-    """A prompt as text: a conversation shows who says what."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
-        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in prompt)
-    return json.dumps(prompt, ensure_ascii=False)
 
 
 def _warnings(run: Run) -> list[str]:

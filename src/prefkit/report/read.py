@@ -126,14 +126,14 @@ def read(directory: Path | str) -> Run:
             where=str(directory),
             mend="give the folder that a prefkit training command wrote",
         )
-    head = _object(folder / "config.json")
+    head = json_object(folder / "config.json")
     if not isinstance(head.get("method"), str) or not isinstance(head.get("config"), dict):
         raise InputError(
             "this config.json is not prefkit's: it has no 'method' and 'config'",
             where=str(folder / "config.json"),
             mend="give the run directory itself, not its model folder or a checkpoint",
         )
-    evaluation = _object(folder / "evaluation.json", optional=True)
+    evaluation = json_object(folder / "evaluation.json", optional=True)
     metrics, notes = _metrics(folder / "metrics.jsonl")
     return Run(
         directory=folder,
@@ -142,9 +142,9 @@ def read(directory: Path | str) -> Run:
         version=str(head.get("prefkit") or ""),
         config=head["config"],
         defaults=head.get("defaults") or {},
-        environment=_object(folder / "environment.json", optional=True),
+        environment=json_object(folder / "environment.json", optional=True),
         metrics=metrics,
-        data=_object(folder / "data.json", optional=True),
+        data=json_object(folder / "data.json", optional=True),
         evaluation=_evaluation(evaluation, folder / "evaluation.json"),
         test=_evaluation(evaluation["test"], folder / "evaluation.json") if evaluation.get("test") else None,
         pairs=_rows(folder / "evaluation" / "pairs.jsonl", ("row", "prompt", "margin", "accuracy")),
@@ -155,19 +155,20 @@ def read(directory: Path | str) -> Run:
     )
 
 
-def _object(path: Path, *, optional: bool = False) -> dict[str, Any]:
+def json_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """A file of one JSON object, {} if it may be missing; InputError where it is damaged."""
     if optional and not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"damaged JSON at line {error.lineno}: {error.msg}", where=str(path), mend=_MEND_DAMAGE
+            f"damaged JSON at line {error.lineno}: {error.msg}", where=str(path), mend=MEND_DAMAGE
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path), mend=_MEND_DAMAGE) from None
+        raise InputError(f"cannot be read: {error}", where=str(path), mend=MEND_DAMAGE) from None
     if not isinstance(content, dict):
-        raise InputError("must hold a JSON object", where=str(path), mend=_MEND_DAMAGE)
+        raise InputError("must hold a JSON object", where=str(path), mend=MEND_DAMAGE)
     return content
 
 
@@ -176,10 +177,10 @@ def _rows(path: Path, needed: tuple[str, ...]) -> tuple[Row, ...]:
         return ()
     rows: list[Row] = []
     for place, line in _lines(path):
-        row = _row(line, path, place)
+        row = json_row(line, path, place)
         missing = [name for name in needed if name not in row]
         if missing:
-            raise InputError(f"line {place} has no field '{missing[0]}'", where=str(path), mend=_MEND_DAMAGE)
+            raise InputError(f"line {place} has no field '{missing[0]}'", where=str(path), mend=MEND_DAMAGE)
         rows.append(row)
     return tuple(rows)
 
@@ -190,7 +191,7 @@ def _metrics(path: Path) -> tuple[tuple[Row, ...], tuple[str, ...]]:
         return (), ("No step was logged.",)
     lines = _lines(path)
     cut = bool(lines) and not path.read_text(encoding="utf-8").endswith("\n") and not _parses(lines[-1][1])
-    rows = tuple(_row(line, path, place) for place, line in (lines[:-1] if cut else lines))
+    rows = tuple(json_row(line, path, place) for place, line in (lines[:-1] if cut else lines))
     return rows, ("The last line of metrics.jsonl was cut off while it was written; it is left out.",) if cut else ()
 
 
@@ -198,7 +199,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path), mend=_MEND_DAMAGE) from None
+        raise InputError(f"cannot be read: {error}", where=str(path), mend=MEND_DAMAGE) from None
     # Not splitlines(): a JSON string may hold U+2028 and its kin unescaped.
     return [(place, line) for place, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -211,13 +212,14 @@ def _parses(line: str) -> bool:
     return True
 
 
-def _row(line: str, path: Path, place: int) -> Row:
+def json_row(line: str, path: Path, place: int) -> Row:
+    """A line of a JSONL file, `place` counted from 1; InputError where it is damaged."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"damaged JSON at line {place}: {error.msg}", where=str(path), mend=_MEND_DAMAGE) from None
+        raise InputError(f"damaged JSON at line {place}: {error.msg}", where=str(path), mend=MEND_DAMAGE) from None
     if not isinstance(row, dict):
-        raise InputError(f"line {place} is not a JSON object", where=str(path), mend=_MEND_DAMAGE)
+        raise InputError(f"line {place} is not a JSON object", where=str(path), mend=MEND_DAMAGE)
     return row
 
 
@@ -228,7 +230,7 @@ def _evaluation(content: Mapping[str, Any], path: Path) -> Evaluation:
         final = _numbers(content.get("final") or {})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"has an unexpected shape ({type(error).__name__}: {error})", where=str(path), mend=_MEND_DAMAGE
+            f"has an unexpected shape ({type(error).__name__}: {error})", where=str(path), mend=MEND_DAMAGE
         ) from None
     return Evaluation(start=start, final=final, intervals=intervals)
 
@@ -251,13 +253,13 @@ def _estimate(fields: Mapping[str, Any]) -> Estimate:
 
 
 def _result(path: Path) -> Result | None:
-    content = _object(path, optional=True)
+    content = json_object(path, optional=True)
     if not content:
         return None
     known = {name: content[name] for name in Result.__dataclass_fields__ if content.get(name) is not None}
     if "status" not in known:
-        raise InputError("has no 'status'", where=str(path), mend=_MEND_DAMAGE)
+        raise InputError("has no 'status'", where=str(path), mend=MEND_DAMAGE)
     return Result(**known)
 
 
-_MEND_DAMAGE = "resume the run (prefkit resume RUN), which writes the file anew, or restore it from a copy"
+MEND_DAMAGE = "resume the run (prefkit resume RUN), which writes the file anew, or restore it from a copy"

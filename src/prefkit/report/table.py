@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefkit.report import wording
+from prefkit.report import rounds, wording
 from prefkit.report.metrics import metric, number
-from prefkit.report.page import text_of
+from prefkit.report.parts import text_of
 from prefkit.report.read import Row, read
 
 COLOUR = {"good": "green", "bad": "red", "open": "yellow", "few": "yellow"}
 
 
 def print_summary(directory: Path | str, *, console: Console | None = None) -> None:
-    """Prints start and final values, what the main results exclude, and where the report is."""
+    """Prints start and final values, what the main results exclude, what rounds took, and where the report is."""
     run = read(directory)
     console = console or Console()
     rows = wording.change_rows(run.main_evaluation)
@@ -28,6 +28,8 @@ def print_summary(directory: Path | str, *, console: Console | None = None) -> N
         text = Text(f"{verdict.label} {verdict.value}, {verdict.interval}: {verdict.sentence}", COLOUR[verdict.kind])
         if metric(verdict.name).neutral is not None:
             console.print(text)
+    if line := rounds.summary(run):
+        console.print(Text(line))  # Text: a judge's name with [brackets] is no markup
     if run.result:
         console.print(wording.selection(run))
         for label, folder in (("Model", run.result.model), ("Adapter", run.result.adapter)):

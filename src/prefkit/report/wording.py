@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefkit.report import judges
 from prefkit.report.canvas import interval_text
 from prefkit.report.method import describe
 from prefkit.report.metrics import UNIMPORTANT, duration, metric, number, plain, rank, signed
@@ -85,8 +86,13 @@ def change_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str, str]]:
 
 
 def named(value: Any) -> str:
-    """A model or data name for people: a Hub id or asset as it is, a path (of any system) as its last part."""
+    """A model, data or judge's name for people: a Hub id or asset as it is, a path (of any system) as its last part."""
     text = str(value or "")
+    kind, colon, rest = text.partition(":")
+    if colon and kind in judges.ON_DISK:
+        return f"{kind}:{named(rest)}"
+    if judges.kind_of(text):
+        return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_path(text) else text
 
 
@@ -159,6 +165,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("Device", str(run.environment["device"])))
     for name, label in (
         ("beta", "β"),
+        ("alpha", "α"),
         ("kl_weight", "KL weight"),
         ("learning_rate", "Learning rate"),
         ("seed", "Seed"),

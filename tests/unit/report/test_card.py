@@ -93,6 +93,9 @@ def test_an_unfinished_run_has_no_card(tmp_path):
 def test_methods_describe_themselves():
     assert describe("hypo").title == "HyPO" and "2406.01462" in describe("hypo").papers
     assert "2305.18290" in describe("dpo").papers
+    assert [describe(name).title for name in ("selm", "sdpo", "online_dpo")] == ["SELM", "sDPO", "Online DPO"]
+    for name in ("selm", "osp", "xpo", "sdpo", "online_dpo", "iterative_dpo", "ranker"):
+        assert all("title" in bibtex(paper) for paper in describe(name).papers) and describe(name).papers
     unknown = describe("method_of_another_version")
     assert (unknown.summary, unknown.papers) == ("", ())
     assert "title" not in bibtex("9999.12345") and "eprint = {9999.12345}" in bibtex("9999.12345")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,44 @@ def test_compare_with_itself_finds_nothing(runs):
     result = compare.compared(run, run, num_resamples=200)
     assert all(d.difference.low == d.difference.high == 0 and d.p == 1 for d in result.differences)
     assert result.wins[0].outcome.rate.mean == 0.5
+
+
+SCORES = "def length(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    (tmp_path / "lengths_of_mine.py").write_text(SCORES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "lengths_of_mine", raising=False)
+    return ["--judge", "gold:lengths_of_mine:length"]
+
+
+def test_compare_asks_any_judge_and_controls_length(runs, judge, tmp_path, capsys):
+    out = tmp_path / "comparison.json"
+    words = [str(runs[0]), str(runs[1]), "--num_resamples", "200", "--json", str(out)]
+    assert compare.main([*words, *judge, "--length_controlled"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Win rate at equal length" in text and "comparisons of 8 prompts' answers, by gold:lengths_of_mine" in text
+    found = {(win["first"], win["second"]): win for win in json.loads(out.read_text())["judged"]}
+    assert found["new", "old"]["outcome"]["rate"]["mean"] == 0.5, "both answered alike"
+    over_start = found["new", "new at its start"]
+    pairs = zip(run_directory.BEFORE, run_directory.AFTER, strict=True)
+    credit = [(len(after) > len(before)) + 0.5 * (len(after) == len(before)) for before, after in pairs]
+    assert over_start["outcome"]["rate"]["mean"] == sum(credit) / 4
+    assert over_start["controlled"]["slope"] > 0 and over_start["unusable"] == 0
+    assert compare.main(words) == 0 and json.loads(out.read_text())["judged"] == []
+
+
+def test_compare_needs_a_judge_to_control_length_and_can_only_forecast(runs, judge, capsys):
+    words = [str(runs[0]), str(runs[1])]
+    with pytest.raises(InputError, match="needs a judge"):
+        compare.main([*words, "--length_controlled"])
+    assert compare.main([*words, *judge, "--dry_run"]) == 0
+    assert capsys.readouterr().out.startswith("16 comparisons of 8 prompts' answers")
+    assert compare.main([*words, "--judge", "llm:m", "--dry_run"]) == 0
+    assert "calls, 0 more on disk" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,41 @@ class Sampling:
     """judge of own samples in evaluation: module:function (prompts, completions -> numbers), or a packaged one"""
     reward_model: str = ""
     """reward model (folder or Hub id) that scores own samples in evaluation"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """parts of the data"""
+
+    num_rounds: int = 3
+    """rounds of training, each on the next part of the training prompts; max_steps, if given, overrides it"""
+    prompts_per_round: int = 0
+    """training prompts of a round; 0 cuts the data into num_rounds equal parts"""
+    replay_rounds: int = 0
+    """earlier rounds whose pairs are trained on again"""
+    learning_rates: tuple[float, ...] = ()
+    """peak learning rate of each round; empty uses learning_rate in all of them"""
+    reset_reference: bool = True
+    """the reference of a round is the model it starts with; off: the start model in all rounds"""
+    reset_optimizer: bool = True
+    """optimizer state and schedule start anew in each round"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """rounds"""
+
+    steps_per_round: int = 0
+    """optimizer steps from one sampling to the next; 1: fresh at every step, 0: num_train_epochs over a round's part"""
+    num_generations: int = 1
+    """answers drawn to each prompt of a round"""
+    candidates: Literal["own", "data", "both"] = "both"
+    """answers that are ranked: the model's own, the data set's chosen and rejected, or all of them"""
+    pairing: Literal["best_worst", "best_random", "all"] = "best_worst"
+    """which ranked answers meet in the loss"""
+    unfinished: Literal["keep", "drop"] = "keep"
+    """own answers that max_new_tokens cut off: ranked without an end token, or left out"""
+    offline_rounds: int = 0
+    """first rounds that train on the stored pairs as they are: nothing is sampled or judged"""
+    share_samples: str = ""
+    """run directory whose answers are taken where they are the ones this run would draw (arms of an experiment)"""

@@ -155,8 +155,7 @@ class SampleEvaluation:
         """The judge's scores of the data set's own answers to the same prompts; they never change."""
         if name not in self._references:
             sources = [row.source for row in self.prompts]
-            answers = [row.chosen if isinstance(row, Preference) else row.completion for row in sources]
-            scores = judge([row.prompt for row in sources], [last_content(answer) for answer in answers])
+            scores = judge([row.prompt for row in sources], [_stored_answer(row) for row in sources])
             self._references[name] = [float(score) for score in scores]
         return self._references[name]
 
@@ -182,11 +181,18 @@ class SampleEvaluation:
             "index": index,
             "row": source.row,
             "group": group_of(source),
-            "prompt": plain(source.prompt),
+            # As in the data, not in words: a judge that is asked later puts it into its own template.
+            "prompt": source.prompt if isinstance(source.prompt, str) else [dict(turn) for turn in source.prompt],
             "answer": sample.text,
+            "answer_reference": _stored_answer(source),
             "length": len(sample.tokens),
             "finished": sample.finished,
         }
+
+
+def _stored_answer(source: Any) -> str:
+    """The data set's own answer to a prompt: of a preference, the chosen one."""
+    return last_content(source.chosen if isinstance(source, Preference) else source.completion)
 
 
 def answerable(rows: Sequence[Pair] | Sequence[Example], decoding: Decoding, context: int) -> list[Pair | Example]:
