@@ -26,6 +26,7 @@ class SamplingParams:
     seed: int | None = None
     stop: list[str] | None = None
     stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
@@ -115,7 +116,8 @@ class LLM:
             done.token_ids.append(token)
             done.logprobs.append({token: Logprob(float(log_probs[token]))})
             text = self.tokenizer.decode(done.token_ids, skip_special_tokens=how.skip_special_tokens)
-            if token in (how.stop_token_ids or []) or any(stop in text for stop in how.stop or []):
+            ended = token == self.tokenizer.eos_token_id and not how.ignore_eos
+            if ended or token in (how.stop_token_ids or []) or any(stop in text for stop in how.stop or []):
                 done.finish_reason = "stop"
         return done
 

@@ -137,6 +137,26 @@ def test_greedy_answers_equal_the_other_engines(made: TextPolicy) -> None:
     assert ours[0][0].log_probs == pytest.approx(theirs[0][0].log_probs, abs=2e-4)
 
 
+def test_prefixes_are_sent_with_the_prompt_and_budgets_with_each_row(made: TextPolicy) -> None:
+    own, prefixes = engine(made), [(40, 41), (), (50,)]
+    how: dict[str, Any] = {"decoding": Decoding(max_new_tokens=6, ignore_end=True), "seed": 3, "path": (), "num": 2}
+    drawn = own.sample(PROMPTS, rows=[4, 5, 6], prefixes=prefixes, budgets=[6, 2, 4], **how)
+    sent, settings, _ = fake_vllm.LLM.made[0].calls[0]
+    assert [p["prompt_token_ids"] for p in sent[::2]] == [[5, 9, 30, 40, 41], [7, 8], [11, 12, 13, 14, 15, 50]]
+    assert [(s.max_tokens, s.ignore_eos, s.stop_token_ids) for s in settings[::2]] == [
+        (4, True, []),
+        (2, True, []),
+        (3, True, []),
+    ]
+    for answers, prompt, prefix, budget in zip(drawn, PROMPTS, prefixes, [6, 2, 4], strict=True):
+        for one in answers:
+            k = len(prefix)
+            assert (list(one.prompt), one.prefix, one.tokens[:k], len(one.tokens)) == (prompt, k, prefix, budget)
+            with torch.no_grad():
+                scores = made.token_log_probs([Group(one.prompt, [one.tokens])])[0].tolist()
+            assert one.log_probs == pytest.approx([0.0] * k + scores[k:], abs=2e-4)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_model_in_memory_is_written_for_the_engine(monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
     fake_vllm.install(monkeypatch)

@@ -20,7 +20,7 @@ from typing import Any
 
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.quantised import is_quantised
-from prefkit.domains.text.sampler import Decoding, check_prompts, collect, end_tokens
+from prefkit.domains.text.sampler import Decoding, answer_ends, collect, jobs_for
 from prefkit.domains.text.scoring import causal_lm
 from prefkit.engine.seeds import number
 from prefkit.errors import InputError
@@ -75,32 +75,37 @@ class VllmSampler:
         seed: int,
         path: Sequence[str | int],
         rows: Sequence[int],
+        prefixes: Sequence[Sequence[int]] | None = None,
+        budgets: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
-        """As `TransformersSampler.sample`; the two engines draw other answers from the same seed."""
+        """As `TransformersSampler.sample`; the two engines draw other answers from the same seed.
+
+        A prefix is part of what vLLM is sent as a prompt, whose cache it shares between requests.
+        """
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
-        check_prompts(self.policy, prompts, decoding)
+        jobs = jobs_for(self.policy, prompts, num, decoding, rows, prefixes, budgets)
         if self._engine is None:
             self.refresh()
         engine: Any = self._engine
-        ends = end_tokens(self.policy)
-        jobs = [(prompts[i], rows[i], j, i) for i in range(len(prompts)) for j in range(num)]
+        ends = answer_ends(self.policy, decoding)
         settings = [
             SamplingParams(
-                max_tokens=decoding.max_new_tokens,
+                max_tokens=job.start.budget,
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
-                seed=number(seed, *path, row, index),
+                seed=number(seed, *path, job.row, job.index),
                 stop=list(decoding.stop_strings) or None,
                 stop_token_ids=ends,
+                ignore_eos=decoding.ignore_end,
                 include_stop_str_in_output=True,
                 skip_special_tokens=False,
                 logprobs=0,
             )
-            for _, row, index, _ in jobs
+            for job in jobs
         ]
         outputs = engine.generate(
-            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt, *_ in jobs],
+            [TokensPrompt(prompt_token_ids=list(job.start.context)) for job in jobs],
             settings,
             use_tqdm=False,
             lora_request=self._adapter,
@@ -110,7 +115,7 @@ class VllmSampler:
             drawn = output.outputs[0]
             tokens = list(drawn.token_ids)
             logs = [step[token].logprob for step, token in zip(drawn.logprobs, tokens, strict=True)]
-            results[job[3]].append(collect(self.policy.tokenizer, job, tokens, logs, ends, decoding))
+            results[job.place].append(collect(self.policy.tokenizer, job, tokens, logs, ends, decoding))
         return results
 
     def _start(self) -> Any:
