@@ -195,10 +195,9 @@ def _note(run: Run, rounds: Rounds, bins: Sequence[Counts]) -> str:
             "A prompt is dropped where all its answers read the same (identical), only one took part (alone), the "
             "two that would meet tie (tie), or the judge gives no probability (unsure)."
         )
-        which = (
-            "the baseline, the answer that candidates are compared with," if _has_baseline(run) else "first own answer"
-        )
-        lines.append(f"The rank is that of a prompt's {which} among its distinct ones, 1st being the best.")
+        baseline = "the baseline, the answer that candidates are compared with"
+        which = baseline if _has_baseline(run) else "a prompt's first own answer"
+        lines.append(f"The rank is that of {which}, among the distinct answers to its prompt, 1st being the best.")
     return " ".join(lines)
 
 
@@ -214,7 +213,11 @@ def _quality(run: Run) -> Table | None:
         if (mean := spread.get("mean")) is not None:
             low, high = spread.get("low"), spread.get("high")
             span = "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
-            rows.append((label, f"{number(mean)}{span}; 0.5 is chance"))
+            by_place = name == "order_agreement" and high is not None and high < 0.5
+            chance = "0.5 is chance" + (
+                "; below it the place decides, and only both orders together tell" if by_place else ""
+            )
+            rows.append((label, f"{number(mean)}{span}; {chance}"))
     rows.append(("Probability on the letters A and B", number(found.get("mass"))))
     used = float(run.config.get("judge_temperature") or 0.0) or found.get("temperature")
     rows.append(("Temperature of its log-odds", number(used)))

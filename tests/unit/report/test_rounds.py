@@ -278,6 +278,10 @@ def test_the_judge_before_it_was_used(tmp_path):
     run_directory.write(folder / "evaluation" / "judge.json", measured)
     rows = dict(section(folder)["quality"]["rows"])
     assert rows["Right by their labels"] == "0.750 [0.500, 1.000]; 0.5 is chance"
+    assert "place" not in rows["Orders agree"]
+    by_place = measured | {"order_agreement": spread | {"mean": 0.1, "low": 0.0, "high": 0.2}}
+    run_directory.write(folder / "evaluation" / "judge.json", by_place)
+    assert "the place decides" in dict(section(folder)["quality"]["rows"])["Orders agree"]
     assert not any("Calibration" in name for name in rows), "nothing was fitted without labels"
     calibration = {"ece_before": 0.2, "ece_after": 0.05}
     run_directory.write(folder / "evaluation" / "judge.json", measured | {"calibration": calibration})
