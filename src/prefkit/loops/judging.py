@@ -137,6 +137,23 @@ def _self_judge(name: str, config: Any, directory: Path, policy: Any, say: Say |
     return SelfJudge(LetterReader(judge, active=active, batch_size=config.judge_batch_size), template, who)
 
 
+def reward_of(name: str, config: Any) -> Any:
+    """The reward that `--reward` names, to learn from: a scorer model (reward:MODEL) or a function (gold:NAME).
+
+    Raises InputError for another kind, and for what cannot be loaded.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "reward" and rest:
+        return _scorer(rest, where="--reward reward:", dtype=config.dtype)
+    if kind == "gold" and rest:
+        return gold(rest, config.seed, where="--reward")
+    raise InputError(
+        f"{name!r} names no reward",
+        where="--reward",
+        mend="write reward:MODEL (a run of `prefkit reward`, any sequence classifier) or gold:module:function",
+    )
+
+
 _Maker = Callable[[str, Any, Path, Any, "Say | None"], Judge]
 _KINDS: dict[str, _Maker] = {
     "gold": _gold_judge,

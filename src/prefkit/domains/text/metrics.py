@@ -163,7 +163,7 @@ class SampleEvaluation:
         """One answer to each of these prompts; the same rows and decoding give the same random numbers."""
         prompts = [self.prompts[i].prompt for i in rows]
         drawn = self.sampler.sample(prompts, num=1, decoding=decoding, seed=self.seed, path=("evaluation",), rows=rows)
-        return [answers[0] for answers in drawn]
+        return [unbegun(answers[0]) for answers in drawn]
 
     def _log_ratios(self, samples: Sequence[Sample]) -> list[float]:
         """log π - log π_ref of each whole answer, in nats."""
@@ -188,6 +188,13 @@ class SampleEvaluation:
             "length": len(sample.tokens),
             "finished": sample.finished,
         }
+
+
+def unbegun(sample: Sample) -> Sample:
+    """The sample, if the policy wrote all of it. ValueError for one that was begun for it: its score is not its own."""
+    if sample.prefix:
+        raise ValueError(f"an answer begun with {sample.prefix} forced tokens cannot be evaluated")
+    return sample
 
 
 def _stored_answer(source: Any) -> str:

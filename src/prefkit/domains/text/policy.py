@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -180,12 +181,12 @@ class TextPolicy:
         """(b * K, t) log-probability of each answer token, zero where an answer has ended; with gradient."""
         return self.module(self._layout(groups), temperature=temperature)
 
-    def token_details(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor]:
+    def token_details(self, groups: Sequence[Group], *, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """`token_log_probs`, entropy of each next-token distribution in nats, and 1 where the token was the likeliest.
 
         (b * K, t) each, zero where an answer has ended, from one pass; the last two without gradient.
         """
-        return self.module(self._layout(groups), details=True)
+        return self.module(self._layout(groups), temperature=temperature, details=True)
 
     def log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
         """(b, K) summed log-probability of every answer, in nats, end-of-sequence token included; with gradient.
@@ -198,10 +199,10 @@ class TextPolicy:
         return self.token_log_probs(groups, temperature=temperature).sum(-1).view(len(groups), -1)
 
     @torch.no_grad()
-    def reference_token_log_probs(self, groups: Sequence[Group]) -> Tensor:
+    def reference_token_log_probs(self, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
         """(b * K, t), as `token_log_probs`, under the reference, without gradient."""
         with self.reference.active() as module:
-            return module(self._layout(groups))
+            return module(self._layout(groups), temperature=temperature)
 
     def reference_log_probs(self, groups: Sequence[Group]) -> Tensor:
         """(b, K) summed log-probabilities under the reference, without gradient."""
@@ -247,6 +248,21 @@ class TextPolicy:
             source=self.source,
             revision=self.revision,
             kind="causal",
+        )
+
+
+@contextmanager
+def reference_policy(policy: TextPolicy) -> Generator[TextPolicy]:
+    """The reference as a policy of its own, to sample from; while it is active the policy itself must not be used."""
+    with policy.reference.active() as module:
+        yield TextPolicy(
+            module,
+            policy.tokenizer,
+            reference=None,
+            world=policy.world,
+            source=policy.source,
+            revision=policy.revision,
+            fingerprint=policy.fingerprint,
         )
 
 

@@ -77,7 +77,11 @@ class LanguageModel(nn.Module):
             scores = self._scores(hidden, layout.targets, transform, details)
         if scores.entropy is None or scores.top1 is None:
             return spread_tokens(scores.log_probs, layout)
-        return spread_tokens(scores.log_probs, layout), spread_tokens(scores.entropy, layout), spread_tokens(scores.top1, layout)
+        return (
+            spread_tokens(scores.log_probs, layout),
+            spread_tokens(scores.entropy, layout),
+            spread_tokens(scores.top1, layout),
+        )
 
     def _scores(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, details: bool) -> TokenScores:
         head = causal_lm(self.model).get_output_embeddings()

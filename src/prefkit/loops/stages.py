@@ -1,0 +1,221 @@
+"""What comes before reinforcement learning, in runs of their own inside the run directory: SFT and a reward model.
+
+    DIRECTORY/sft       supervised fine-tuning on the offline answers, where --sft_steps asks for it
+    DIRECTORY/reward    a reward model fit to pairs, where --reward names none
+
+Each is an ordinary run: it goes on after a kill, is made anew where its options were others, and can be named in place
+of a model by later runs. The reward model starts from what SFT left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from prefkit.domains.text.config import Data, Lora, Model, Sampling
+from prefkit.domains.text.datasets import TextData, prepare_completions, prepare_pairs
+from prefkit.domains.text.generators import sampler_for
+from prefkit.domains.text.policy import TextPolicy
+from prefkit.domains.text.prompts import last_content
+from prefkit.domains.text.reward import RewardModel
+from prefkit.engine import limits
+from prefkit.engine.config import Optimisation, Output, Selection
+from prefkit.engine.directory import CONFIG, RESULT, differences
+from prefkit.engine.files import read_json
+from prefkit.engine.run import Run
+from prefkit.errors import InputError
+from prefkit.options import to_json
+from prefkit.protocols import Gold
+from prefkit.records import Completion, Example, Pair, Result
+
+SFT, REWARD = "sft", "reward"
+LIMITS = {
+    "sft_steps": limits.Limit(-1),
+    "reward_steps": limits.Limit(-1),
+    "sft_learning_rate": limits.NOT_BELOW_0,
+    "reward_learning_rate": limits.NOT_BELOW_0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStage(Model, Lora, Data, Sampling, Optimisation, Selection, Output):
+    """Options of `prefkit sft`."""
+
+    learning_rate: float = 2e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardStage(Model, Lora, Data, Optimisation, Selection, Output):
+    """Options of `prefkit reward`."""
+
+    learning_rate: float = 1e-5
+
+
+class RunTask(Protocol):
+    def __call__(self, config: Any, method: str, data: Any, make: Callable[[Run], Any], /) -> Result: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """The loops that stages run: a loop does not know its siblings, so the method hands them over."""
+
+    run_task: RunTask
+    supervised: Callable[..., Any]
+    """makes the task of SFT"""
+    reward: Callable[..., Any]
+    """makes the task of a reward model"""
+    judges: Callable[[Any], dict[str, Gold]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What reinforcement learning starts from, once the stages before are done."""
+
+    config: Any
+    """with the model that SFT left"""
+    model: Any
+    """a model in memory that is still the start; None once a stage has trained"""
+    reward: str
+    """as --reward writes it"""
+    reward_model: str
+    """the reward model's folder or Hub id; empty where a function scores"""
+
+
+def prepare(config: Any, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Any]:
+    """Prompts with their offline answers: prompt/completion rows, or the pairs that a reset to a rejected one needs."""
+    kind = prepare_pairs if config.reset_source in ("rejected", "both") else prepare_completions
+    return kind(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
+
+
+def before(config: Any, data: TextData[Any], run: Run, tools: Tools, *, model: Any, train: Any) -> Ready:
+    """Run the stages that are asked for, or take up what they left."""
+    limits.check(config, LIMITS)
+    ready = run_sft(config, data, run, tools, model)
+    start = model if ready is config else None
+    if config.reward:
+        kind, _, rest = config.reward.partition(":")
+        return Ready(config=ready, model=start, reward=config.reward, reward_model=rest if kind == "reward" else "")
+    folder = str(run_reward(ready, data, run, tools, start, train))
+    return Ready(config=ready, model=start, reward=f"reward:{folder}", reward_model=folder)
+
+
+def stage(config: Any, kind: type[Any], directory: Path, name: str, **own: Any) -> Any:
+    """A stage's options: those of the whole run that it has too, without cadence and selection, and its `own`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    shared = {key: value for key, value in vars(config).items() if key in names}
+    fixed: dict[str, Any] = {
+        "output_dir": str(directory / name),
+        "num_train_epochs": 1.0,
+        "keep_best": "",
+        "patience": 0,
+        "stop_at_kl": 0.0,
+        "eval_steps": 0,
+        "overwrite": False,
+        "dry_run": False,
+    }
+    fixed |= {"reward_model": ""} if "reward_model" in names else {}
+    return kind(**{**shared, **fixed, **own})
+
+
+def state(config: Any) -> Literal["absent", "begun", "done", "other"]:
+    """What there is of a stage in its folder; "other" was made with other options than these."""
+    folder = Path(config.output_dir)
+    if not (folder / CONFIG).is_file():
+        return "absent"
+    if differences(read_json(folder / CONFIG)["config"], to_json(config)):
+        return "other"
+    return "done" if (folder / RESULT).is_file() else "begun"
+
+
+def run_sft(config: Any, data: TextData[Any], run: Run, tools: Tools, model: Any) -> Any:
+    """The options of what follows: its model is what SFT left. Without SFT they are `config`."""
+    if not config.sft_steps:
+        return config
+    own = stage(
+        config, SftStage, run.directory, SFT, max_steps=config.sft_steps, learning_rate=config.sft_learning_rate
+    )
+    found = run.world.on_main(lambda: state(own))
+    if found != "done":
+        own = dataclasses.replace(own, overwrite=found == "other")
+        run.say(f"stage sft: {len(data.train)} answers")
+        rows: Any = dataclasses.replace(
+            data, config=own, train=answers(data.train), test=answers(data.test), selection=[]
+        )
+
+        def task(inner: Run) -> Any:
+            policy = TextPolicy.create(own, inner.world, model=model, tokenizer=data.tokenizer, copy_reference=False)
+            inner.fingerprint(model=policy.fingerprint)
+            inner.say(f"policy {policy.describe()}")
+            return tools.supervised(
+                policy=policy,
+                sampler=sampler_for(policy, own),
+                examples=rows.train,
+                test=rows.test,
+                selection=rows.selection,
+                config=own,
+                judges=tools.judges(own),
+            )
+
+        tools.run_task(own, SFT, rows, task)
+    return continued(config, run.directory / SFT)
+
+
+def run_reward(config: Any, data: TextData[Any], run: Run, tools: Tools, model: Any, train: Any) -> Path:
+    """The folder of the reward model, trained where it is not there yet."""
+    own = stage(
+        config,
+        RewardStage,
+        run.directory,
+        REWARD,
+        max_steps=config.reward_steps,
+        learning_rate=config.reward_learning_rate,
+        dataset_name=config.reward_dataset or config.dataset_name,
+    )
+    found = run.world.on_main(lambda: state(own))
+    if found != "done":
+        own = dataclasses.replace(own, overwrite=found == "other")
+        rows = None if config.reward_dataset else train
+        pairs = prepare_pairs(own, model=model, tokenizer=data.tokenizer, train=rows, evaluation=None)
+        run.say(f"stage reward: {len(pairs.train)} pairs")
+
+        def task(inner: Run) -> Any:
+            reward = RewardModel.create(own, inner.world, model=model, tokenizer=data.tokenizer)
+            inner.fingerprint(model=reward.fingerprint)
+            inner.say(reward.module.how)
+            return tools.reward(
+                reward=reward, pairs=pairs.train, test=pairs.test, selection=pairs.selection, config=own
+            )
+
+        tools.run_task(own, REWARD, pairs, task)
+    return run.directory / REWARD
+
+
+def continued(config: Any, folder: Path) -> Any:
+    """Options for what starts from a stage's model. InputError where its base is quantised and took no merge."""
+    if read_json(folder / RESULT)["model"] is None:
+        raise InputError(
+            "a quantised base cannot take up what SFT learned",
+            where="--sft_steps",
+            mend="run `prefkit sft` on the whole model first, and start from it",
+        )
+    return dataclasses.replace(config, model_name_or_path=str(folder), model_revision="main", adapter_name_or_path="")
+
+
+def answers(rows: Sequence[Pair | Example]) -> list[Example]:
+    """The chosen answers of pairs, or the answers there are, in token ids as they are."""
+    return [row if isinstance(row, Example) else _chosen(row) for row in rows]
+
+
+def _chosen(pair: Pair) -> Example:
+    source = pair.source
+    return Example(
+        prompt=pair.prompt,
+        completion=pair.chosen,
+        truncated=pair.chosen_truncated,
+        source=Completion(
+            prompt=source.prompt, completion=last_content(source.chosen), row=source.row, extra=source.extra
+        ),
+    )
