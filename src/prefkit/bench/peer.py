@@ -81,7 +81,7 @@ def _trainer(setup: Setup, model: Any, folder: str) -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")
     from peft import LoraConfig
     from transformers import PrinterCallback
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore
 
     config, workload = setup.config, setup.workload
     name = str(resolve_dtype(workload.dtype, setup.device)).removeprefix("torch.")
