@@ -333,8 +333,8 @@ def check_groups(config: Any) -> None:
         )
 
 
-def resets_of(config: Any) -> ResetSampler:
-    """The resets that a Config's `Resets` group names."""
+def resets_of(config: Any, *, writes: bool) -> ResetSampler:
+    """The resets that a Config's `Resets` group names; `writes` on the process that writes checkpoints."""
     return ResetSampler(
         source=config.reset_source,
         prob=config.reset_prob,
@@ -343,6 +343,7 @@ def resets_of(config: Any) -> ResetSampler:
         cut=config.reset_cut,
         filter=finished_only if config.reset_filter == "finished" else None,
         seed=config.seed,
+        writes=writes,
     )
 
 
@@ -374,7 +375,7 @@ def optimization(
         start = reward_name if critic == "reward" else ""
         value = value_of(config, policy, reward=start, keeping=config.value_model)
         run.say(f"value function: {value.how}")
-    resets = resets_of(config)
+    resets = resets_of(config, writes=run.world.is_main)
     if resets.prob and (warning := resets.warning()):
         run.say(warning)
     sampler, rows = sampler_for(policy, config), data.data.train

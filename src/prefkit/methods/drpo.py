@@ -11,6 +11,8 @@ does what the released code does, where that differs: docs/methods/drpo.md lists
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +44,8 @@ class Config(Model, Lora, Data, Sampling, Reward, Episodes, Critic, Resets, Stag
     """share of rollouts that start after a prefix of an offline answer to their prompt; 0 is ppo"""
     profile: Literal["default", "paper"] = "default"
     """default counts what the policy chose; paper does what the released code does (see the method's page)"""
+    compare_with_ppo: bool = False
+    """also train without resets, from the same stages at the same budget, in DIRECTORY/ppo; the report shows both"""
 
 
 RELEASED: dict[str, Any] = {
@@ -119,6 +123,7 @@ PRESETS = {
         lora_target_modules=("q_proj", "v_proj"),
         reward_steps=40,
         reward_learning_rate=5e-4,
+        compare_with_ppo=True,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         max_steps=24,
@@ -129,6 +134,7 @@ PRESETS = {
         max_length=128,
         kl_coef=0.05,
         num_eval_samples=240,
+        eval_steps=4,
         save_steps=8,
     ),
     "tldr": Config(**RELEASED),
@@ -154,25 +160,49 @@ def run(
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.
     """
     check_options(config)
-    paper = config.profile == "paper"
     tools = stages.Tools(run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges)
-    data = EpisodeData.of(stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation))
+    data = stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
 
     def task(run: Run) -> PolicyOptimization:
-        ready = stages.before(config, data.data, run, tools, model=model, train=train)
-        return optimization(
-            ready.config,
-            data,
-            run,
-            reward=reward_of(ready.reward, config),
-            reward_name=ready.reward_model,
-            give_credit=critic_credit(config, by_episode=paper),
-            take_loss=critic_loss(config),
-            judges=judges(config),
-            accounting="episode" if paper else "continuation",
-            mean_per_pass=paper,
-            critic=config.value_init if ready.reward_model else "policy",
-            model=ready.model,
-        )
+        ready = stages.before(config, data, run, tools, model=model, train=train)
+        if config.compare_with_ppo:
+            own = without_resets(ready, run)
+            if run.world.on_main(lambda: stages.state(own)) != "done":
+                run.say("the same without resets, for comparison")
+                rows, start = dataclasses.replace(data, config=own), copy.deepcopy(ready)
+                run_task(own, "drpo", EpisodeData.of(rows), lambda inner: made(own, rows, start, inner))
+        return made(ready.config, data, ready, run)
 
-    return run_task(config, "drpo", data, task)
+    return run_task(config, "drpo", EpisodeData.of(data), task)
+
+
+def made(config: Config, data: Any, ready: stages.Ready, run: Run) -> PolicyOptimization:
+    """The task of a run, with resets or without."""
+    paper = config.profile == "paper"
+    return optimization(
+        config,
+        EpisodeData.of(data),
+        run,
+        reward=reward_of(ready.reward, config),
+        reward_name=ready.reward_model,
+        give_credit=critic_credit(config, by_episode=paper),
+        take_loss=critic_loss(config),
+        judges=judges(config),
+        critic=config.value_init if ready.reward_model else "policy",
+        accounting="episode" if paper else "continuation",
+        mean_per_pass=paper,
+        model=ready.model,
+    )
+
+
+def without_resets(ready: stages.Ready, run: Run) -> Config:
+    """PPO's options: the same run in DIRECTORY/ppo, on the stages that are there already."""
+    return dataclasses.replace(
+        ready.config,
+        output_dir=str(run.directory / "ppo"),
+        reset_prob=0.0,
+        compare_with_ppo=False,
+        reward=ready.reward,
+        sft_steps=0,
+        overwrite=False,
+    )

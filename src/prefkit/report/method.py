@@ -9,6 +9,29 @@ from functools import cache
 from importlib import resources
 
 PAPERS: dict[str, tuple[str, str, int]] = {
+    "1707.06347": (
+        "Proximal Policy Optimization Algorithms",
+        "John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov",
+        2017,
+    ),
+    "2402.03300": (
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "Zhihong Shao and Peiyi Wang and Qihao Zhu and Runxin Xu and Junxiao Song and Xiao Bi and Haowei Zhang "
+        "and Mingchuan Zhang and Y. K. Li and Y. Wu and Daya Guo",
+        2024,
+    ),
+    "2402.14740": (
+        "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+        "Arash Ahmadian and Chris Cremer and Matthias Gall{\\'e} and Marzieh Fadaee and Julia Kreutzer "
+        'and Olivier Pietquin and Ahmet {\\"U}st{\\"u}n and Sara Hooker',
+        2024,
+    ),
+    "2404.08495": (
+        "Dataset Reset Policy Optimization for RLHF",
+        "Jonathan D. Chang and Wenhao Zhan and Owen Oertell and Kiant{\\'e} Brantley and Dipendra Misra "
+        "and Jason D. Lee and Wen Sun",
+        2024,
+    ),
     "2305.10425": (
         "SLiC-HF: Sequence Likelihood Calibration with Human Feedback",
         "Yao Zhao and Rishabh Joshi and Tianqi Liu and Misha Khalman and Mohammad Saleh and Peter J. Liu",
@@ -78,7 +101,7 @@ PAPERS: dict[str, tuple[str, str, int]] = {
 }
 """arXiv number -> title, authors, year; a number that is missing here is cited by number alone"""
 
-TITLES = {"sdpo": "sDPO"}
+TITLES = {"sdpo": "sDPO", "drpo": "DR-PO"}
 """names that neither a docstring nor a rule spells right"""
 
 

@@ -101,6 +101,27 @@ METRICS: dict[str, Metric] = {
         "Calibration error of the judge", "of its probabilities, with the gold reward's preferences as labels", "lower"
     ),
     "judge/gold_pairs": Metric("Pairs with a gold preference", "comparisons the judge's agreement with gold rests on"),
+    "objective/entropy": Metric(
+        "Entropy of own tokens", "mean entropy of the distributions that chosen tokens come from"
+    ),
+    "objective/rlhf_reward": Metric("Reward less KL", "mean score after penalties less kl_coef times the KL", "higher"),
+    "objective/kl_coef": Metric("KL coefficient", "weight of the KL in the batch of episodes"),
+    "loss/policy": Metric("Policy loss", "clipped surrogate per chosen token (per answer for RLOO)"),
+    "loss/value": Metric("Value loss", "half the squared error of the value function per counted position, clipped"),
+    "loss/kl": Metric("KL loss", "estimate of the KL to the reference where it is a term of the loss"),
+    "policy/ratio": Metric(
+        "Probability ratio", "mean of policy over rollout policy; 1 in a batch's first step", "", 1.0
+    ),
+    "policy/approx_kl": Metric("KL to the rollout policy", "mean of ratio - 1 - log ratio, in nats"),
+    "policy/clip_fraction": Metric("Clip fraction", "share of tokens whose gradient the clip takes away"),
+    "value/explained_variance": Metric(
+        "Explained variance", "share of the returns' variance that the value function explains", "higher", 0.0
+    ),
+    "rollout/episodes": Metric("Episodes", "answers drawn for training so far"),
+    "rollout/sampled_tokens": Metric(
+        "Sampled tokens", "tokens the policy wrote for training so far, without forced ones"
+    ),
+    "rollout/reset_share": Metric("Reset share", "share of the batch's rollouts that began with forced tokens"),
     "entropy": Metric("Entropy", "mean entropy of the next-token distributions along the stored answers, in nats"),
     "mean_token_accuracy": Metric("Token accuracy", "share of stored answer tokens that are the likeliest", "higher"),
     "completions/mean_length": Metric("Answer length", "mean tokens of own answers"),

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from prefkit.errors import InputError
-from prefkit.report import curves, rounds, shapes, wording
+from prefkit.report import curves, frontier, rounds, shapes, wording
 from prefkit.report.canvas import Figure
 from prefkit.report.metrics import number
 from prefkit.report.parts import Table, embedded, pairs, table, text_of
@@ -32,7 +32,10 @@ def write(directory: Path | str, out: Path | str | None = None) -> Path:
     figures = curves.draw(run, plots) + shapes.histograms(run, plots)
     path = Path(out) if out is not None else run.directory / "report.html"
     online = rounds.section(run, plots)
-    return save(render("run.html", context(run, figures, shapes.intervals(run, plots), online)), path)
+    values = context(run, figures, shapes.intervals(run, plots), online)
+    values["frontier"] = [embedded(figure) for figure in frontier.draw(run, plots)]
+    values["beside"] = (run.directory / frontier.ARM / "config.json").is_file()
+    return save(render("run.html", values), path)
 
 
 def context(

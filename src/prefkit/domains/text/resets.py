@@ -57,6 +57,8 @@ class ResetSampler:
     seed: int = 0
     visit: int = 0
     """draws made so far; stands in checkpoints"""
+    writes: bool = True
+    """whether `save` writes: one process of a launch does"""
 
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):
@@ -118,7 +120,8 @@ class ResetSampler:
 
     def save(self, folder: Path) -> None:
         """Write resets.json: how many draws were made, and with which seed."""
-        write_json(folder / STATE, {"seed": self.seed, "visit": self.visit})
+        if self.writes:
+            write_json(folder / STATE, {"seed": self.seed, "visit": self.visit})
 
     def load(self, folder: Path) -> None:
         """Go on after the draws that `save` noted. Raises InputError for those of another seed."""

@@ -44,6 +44,7 @@ class Rollout:
     finished: bool
     """whether it has an end token (or stop string)"""
     text: str
+    """up to the end, without special tokens"""
     score: float = 0.0
     """by the reward, before any penalty"""
     log_probs: tuple[float, ...] = ()
@@ -52,10 +53,23 @@ class Rollout:
     values: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, sample: Sample, *, place: int, row: int, prefix: int, ends: Sequence[int]) -> Self:
-        """From what a sampler drew; `ends` are the end tokens, which the sampler may have gone on after."""
+    def of(
+        cls,
+        sample: Sample,
+        *,
+        place: int,
+        row: int,
+        prefix: int,
+        ends: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+    ) -> Self:
+        """From what a sampler drew; `ends` are the end tokens, which the sampler may have gone on after.
+
+        `decode` writes out tokens as the sampler does.
+        """
         tokens = tuple(sample.tokens)
         first = next((i + 1 for i, token in enumerate(tokens) if i >= prefix and token in ends), 0)
+        behind = 0 < first < len(tokens)
         return cls(
             place=place,
             row=row,
@@ -65,7 +79,7 @@ class Rollout:
             prefix=prefix,
             end=first or len(tokens),
             finished=bool(first) or sample.finished,
-            text=sample.text,
+            text=decode(tokens[:first]) if behind else sample.text,
         )
 
     def start(self, accounting: Accounting) -> int:
@@ -103,7 +117,7 @@ class Columns:
     lengths: Tensor
     """(n,) tokens up to the end, forced ones included"""
     finished: Tensor
-    """(n,)"""
+    """(n,) whether there is an end token; by `episode`, as in the released code, whether anything stands behind it"""
     scores: Tensor
     """(n,) by the reward"""
     resets: Tensor
@@ -128,7 +142,7 @@ class Columns:
             "actions": actions,
             "ends": torch.tensor([r.end - 1 - r.start(accounting) for r in rollouts]),
             "lengths": torch.tensor([float(r.end) for r in rollouts]),
-            "finished": torch.tensor([r.finished for r in rollouts]),
+            "finished": torch.tensor([r.finished and (behind or not by_episode) for r, behind in zip(rollouts, after)]),
             "scores": torch.tensor([r.score for r in rollouts]),
             "resets": torch.tensor([r.prefix for r in rollouts]),
         }
