@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def test_a_budget_leaves_losses_and_gradients_as_they_are(inputs: Inputs, tmp_pa
     for name in ("loss", "grad_norm"):
         first, second = torch.tensor(column(plain, name)), torch.tensor(column(packed, name))
         torch.testing.assert_close(second, first, rtol=2e-4, atol=2e-5, msg=name)
+    start, other = (json.loads((directory / "evaluation" / "start.json").read_text()) for directory in (plain, packed))
+    assert other["metrics"] == pytest.approx(start["metrics"], rel=1e-4, abs=1e-5)
 
 
 def test_passes_are_few_and_within_the_budget(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

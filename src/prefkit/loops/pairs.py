@@ -155,7 +155,8 @@ class PairTask:
         }
 
     def _evaluation(self, pairs: Sequence[Pair], name: str) -> tuple[PairEvaluation, SampleEvaluation]:
-        scored = PairEvaluation(self.policy, pairs, beta=self.config.beta, batch_size=2 * self.micro)
+        settings = {"batch_size": 2 * self.micro, "tokens_per_batch": self.config.tokens_per_batch}
+        scored = PairEvaluation(self.policy, pairs, **settings, beta=self.config.beta)
         sampled = SampleEvaluation(
             self.policy,
             self.sampler,
@@ -163,7 +164,7 @@ class PairTask:
             decoding=Decoding.of(self.config),
             seed=number(self.config.seed, name),
             judges=dict(self.judges),
-            batch_size=2 * self.micro,
+            **settings,
             most=self.config.num_eval_prompts,
         )
         return scored, sampled

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text.metrics import in_order, spread, summarize_pairs
-from prefkit.domains.text.packing import num_tokens, passes
+from prefkit.domains.text.metrics import agreed, in_order, spread, summarize_pairs
+from prefkit.domains.text.packing import num_tokens, passes, scoring_passes
 from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.reward import RewardModel
 from prefkit.protocols import Metrics, Trackable
@@ -71,8 +71,9 @@ class RewardTask:
         pairs = self.selection if selecting and self.selection else self.test
         mine = spread(self.reward.world, len(pairs)) if pairs else []
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(mine), 2 * self.micro):
-            indices = mine[start : start + 2 * self.micro]
+        sizes, budget = [num_tokens(pairs[i].group) for i in mine], self.config.tokens_per_batch
+        for piece in scoring_passes(sizes, rows=2 * self.micro, budget=budget, agree=agreed(self.reward.world)):
+            indices = [mine[place] for place in piece]
             rewards = self.reward.rewards([pairs[i].group for i in indices])
             difference = rewards[:, 0] - rewards[:, 1]
             right = accuracy(difference).tolist()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkit.domains.text.metrics import SampleEvaluation, in_order, spread, summarize_samples
-from prefkit.domains.text.packing import num_tokens, passes
+from prefkit.domains.text.metrics import SampleEvaluation, agreed, in_order, spread, summarize_samples
+from prefkit.domains.text.packing import num_tokens, passes, scoring_passes
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import group_of, plain
 from prefkit.domains.text.sampler import Decoding, Sampler
@@ -78,8 +78,9 @@ class SupervisedTask:
         """One row per held-out completion: its mean negative log-likelihood per token, in nats."""
         mine = spread(self.policy.world, len(examples)) if examples else []
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(mine), 2 * self.micro):
-            indices = mine[start : start + 2 * self.micro]
+        sizes, budget = [num_tokens(examples[i].group) for i in mine], self.config.tokens_per_batch
+        for piece in scoring_passes(sizes, rows=2 * self.micro, budget=budget, agree=agreed(self.policy.world)):
+            indices = [mine[place] for place in piece]
             log_probs = self.policy.log_probs([examples[i].group for i in indices])[:, 0].tolist()
             for i, log_prob in zip(indices, log_probs, strict=True):
                 source, tokens = examples[i].source, len(examples[i].completion)
@@ -104,6 +105,7 @@ class SupervisedTask:
             seed=number(self.config.seed, "evaluation"),
             judges=self.judges,
             batch_size=2 * self.micro,
+            tokens_per_batch=self.config.tokens_per_batch,
             most=self.config.num_eval_prompts,
         )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefkit.domains.text.packing import num_tokens, scoring_passes
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import group_of, last_content, plain
 from prefkit.domains.text.sampler import Decoding, Sampler, context_of, fits
@@ -40,6 +41,11 @@ def spread(world: World, num: int) -> list[int]:
     return [min(world.rank * per_process + i, num - 1) for i in range(per_process)]
 
 
+def agreed(world: World) -> Callable[[int], int] | None:
+    """What makes the processes' numbers of passes one, where all must run as many."""
+    return world.most if world.in_step else None
+
+
 def in_order(world: World, rows: Sequence[dict[str, Any]], key: str = "index") -> list[dict[str, Any]]:
     """All processes' rows once each, by index."""
     gathered = {row[key]: row for row in world.gather_objects(list(rows))}
@@ -49,11 +55,14 @@ def in_order(world: World, rows: Sequence[dict[str, Any]], key: str = "index") -
 class PairEvaluation:
     """Implicit rewards on held-out pairs. The reference is frozen, so it is scored once and remembered."""
 
-    def __init__(self, policy: TextPolicy, pairs: Sequence[Pair], *, beta: float, batch_size: int) -> None:
+    def __init__(
+        self, policy: TextPolicy, pairs: Sequence[Pair], *, beta: float, batch_size: int, tokens_per_batch: int = 0
+    ) -> None:
         self.policy = policy
         self.pairs = pairs
         self.beta = beta
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self._reference: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -63,12 +72,15 @@ class PairEvaluation:
         # Neighbours of similar length share a batch, so that little of it is padding.
         mine.sort(key=lambda i: (len(self.pairs[i].prompt) + len(self.pairs[i].chosen), i))
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(mine), self.batch_size):
-            indices = mine[start : start + self.batch_size]
+        sizes = [num_tokens(self.pairs[i].group) for i in mine]
+        agree = agreed(self.policy.world)
+        cut = scoring_passes(sizes, rows=self.batch_size, budget=self.tokens_per_batch, agree=agree)
+        for place, piece in enumerate(cut):
+            indices = [mine[i] for i in piece]
             groups = [self.pairs[i].group for i in indices]
-            if start not in self._reference:
-                self._reference[start] = self.policy.reference_log_probs(groups)
-            metrics = pair_metrics(self.policy.log_probs(groups), self._reference[start], self.beta)
+            if place not in self._reference:
+                self._reference[place] = self.policy.reference_log_probs(groups)
+            metrics = pair_metrics(self.policy.log_probs(groups), self._reference[place], self.beta)
             columns = {name: values.tolist() for name, values in metrics.items()}
             rows += [self._row(i, {name: column[j] for name, column in columns.items()}) for j, i in enumerate(indices)]
         return in_order(self.policy.world, rows)
@@ -114,6 +126,7 @@ class SampleEvaluation:
         seed: int,
         judges: Mapping[str, Gold],
         batch_size: int,
+        tokens_per_batch: int = 0,
         most: int | None = None,
     ) -> None:
         """Of `prompts`, one row for each prompt that fits the context is answered, `most` at most."""
@@ -124,6 +137,7 @@ class SampleEvaluation:
         self.seed = seed
         self.judges = judges
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self._references: dict[str, list[float]] = {}
 
     @torch.no_grad()
@@ -167,12 +181,14 @@ class SampleEvaluation:
 
     def _log_ratios(self, samples: Sequence[Sample]) -> list[float]:
         """log π - log π_ref of each whole answer, in nats."""
-        ratios: list[float] = []
-        for start in range(0, len(samples), self.batch_size):
-            piece = samples[start : start + self.batch_size]
-            groups = [Group(sample.prompt, [sample.tokens]) for sample in piece]
-            ratio = self.policy.log_probs(groups) - self.policy.reference_log_probs(groups)
-            ratios += ratio[:, 0].tolist()
+        ratios = [0.0] * len(samples)
+        groups = [Group(sample.prompt, [sample.tokens]) for sample in samples]
+        sizes, agree = list(map(num_tokens, groups)), agreed(self.policy.world)
+        for piece in scoring_passes(sizes, rows=self.batch_size, budget=self.tokens_per_batch, agree=agree):
+            part = [groups[i] for i in piece]
+            ratio = self.policy.log_probs(part) - self.policy.reference_log_probs(part)
+            for i, value in zip(piece, ratio[:, 0].tolist(), strict=True):
+                ratios[i] = value
         return ratios
 
     def _row(self, index: int, sample: Sample) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def passes(
     return found if agree is None else pack(sizes, budget, at_least=agree(len(found)))
 
 
+def scoring_passes(
+    sizes: Sequence[int], *, rows: int, budget: int, agree: Callable[[int], int] | None = None
+) -> list[list[int]]:
+    """The passes of an evaluation: as `passes`, with twice the budget, since nothing is kept for a backward pass. A
+    group that is larger still gets a pass of its own size: held-out rows are not refused for it.
+    """
+    return passes(sizes, rows=rows, budget=max([2 * budget, *sizes]) if budget else 0, agree=agree)
+
+
 def check_budget(
     groups: Iterable[Group], budget: int, *, where: Callable[[int], str], more: Callable[[Group], int] = lambda _: 0
 ) -> None:
