@@ -12,7 +12,9 @@ import torch
 import tiny
 from method_runs import Inputs, call, column, metrics, run, timeless, weights
 from prefkit.domains.text import sampler
+from prefkit.domains.text.scoring import LanguageModel
 from prefkit.errors import InputError
+from prefkit.loops.pairs import PairTask
 
 RATE = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 4}
 
@@ -81,6 +83,30 @@ def test_micro_batches_equal_one_batch(inputs: Inputs, tmp_path: Path, estimator
         one, many = torch.tensor(column(big, name)), torch.tensor(column(small, name))
         # The loss is small because sums of tens of nats cancel in it: what float32 leaves of them is 1e-5.
         torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5 if name == "loss" else 2e-6, msg=name)
+
+
+@pytest.mark.parametrize(("estimator", "cached"), [("rloo", False), ("rtg", True)])
+def test_fresh_answers_share_the_pass_of_their_pair(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, cached: bool
+) -> None:
+    options = {**RATE, "kl_weight": 0.5, "estimator": estimator, "precompute_ref_log_probs": cached, "max_steps": 2}
+    tokens: list[int] = []
+    original = LanguageModel.forward
+
+    def watched(self: LanguageModel, layout: Any, **how: Any) -> Any:
+        if torch.is_grad_enabled():
+            tokens.append(layout.num_tokens)
+        return original(self, layout, **how)
+
+    monkeypatch.setattr(LanguageModel, "forward", watched)
+    together = run(inputs, "hypo", tmp_path / "together", **options)
+    of_one_pass, tokens[:] = sum(tokens), []
+    monkeypatch.setattr(PairTask, "_share_prompts", lambda *_: False)
+    apart = run(inputs, "hypo", tmp_path / "apart", **options)
+    assert of_one_pass < 0.75 * sum(tokens), "the prompt is computed once"
+    for name in ("loss", "grad_norm", "objective/kl"):
+        one, two = torch.tensor(column(together, name)), torch.tensor(column(apart, name))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_kl_weight_acts(inputs: Inputs, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ class PairScores:
     """(b, 2, t): exact KL of each next-token distribution along the stored answers, where asked for"""
     token_metrics: Metrics = field(default_factory=dict[str, Tensor])
     """entropy and accuracy of the stored answers' tokens, where asked for"""
+    own: tuple[Tensor, Tensor] | None = None
+    """(b, k, t) token log-probs of the fresh answers under policy and reference, where they came from the same pass"""
 
 
 Objective = Callable[[PairScores, Sequence[Item], TextPolicy], tuple[Tensor, Metrics]]
@@ -140,6 +142,8 @@ class PairTask:
     reference: Tensor | None = None
     """(rows, 2) cached reference log-probs"""
     with_state_kl: bool = False
+    token_sums: bool = True
+    """whether token log-probs are all that the objective needs of fresh answers, not whole distributions"""
 
     def __post_init__(self) -> None:
         self.num_rows = len(self.pairs)
@@ -202,8 +206,10 @@ class PairTask:
     def score(self, batch: Sequence[Item]) -> PairScores:
         """Policy and reference log-probs of a micro-batch's stored pairs."""
         groups = [item.pair.group for item in batch]
-        state_kl, token_metrics = None, {}
-        if self.with_state_kl:
+        state_kl, token_metrics, own = None, {}, None
+        if self._share_prompts(batch):
+            log_probs, reference, own = self._together(batch)
+        elif self.with_state_kl:
             tokens, reference_tokens, kl = self.policy.state_kl(groups)
             log_probs = tokens.sum(-1).view(len(groups), 2)
             reference = reference_tokens.sum(-1).view(len(groups), 2)
@@ -222,7 +228,39 @@ class PairTask:
             num_chosen_tokens=torch.tensor([len(item.pair.chosen) for item in batch], device=log_probs.device),
             state_kl=state_kl,
             token_metrics=token_metrics,
+            own=own,
         )
+
+    def _share_prompts(self, batch: Sequence[Item]) -> bool:
+        """Whether stored and fresh answers of this batch continue the same prompts, and sums over tokens suffice."""
+        if self.with_state_kl or self.config.log_token_metrics or not self.token_sums:
+            return False
+        return bool(batch[0].samples) and all(
+            tuple(item.samples[0].prompt) == tuple(item.pair.prompt) for item in batch
+        )
+
+    def _together(self, batch: Sequence[Item]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Stored and fresh answers in one group, so that their prompt is computed once: log-probs (b, 2) under policy
+        and reference, and (b, k, t) of the fresh ones.
+        """
+        groups = [
+            Group(item.pair.prompt, [item.pair.chosen, item.pair.rejected, *(s.tokens for s in item.samples)])
+            for item in batch
+        ]
+        longest = max(len(sample.tokens) for item in batch for sample in item.samples)
+
+        def parted(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            rows = tokens.view(len(batch), len(groups[0].answers), -1)
+            return rows[:, :2].sum(-1), rows[:, 2:, :longest]
+
+        log_probs, own = parted(self.policy.token_log_probs(groups))
+        if self.reference is None:
+            reference, ref_own = parted(self.policy.reference_token_log_probs(groups))
+        else:
+            reference = self.reference[[item.index for item in batch]].to(log_probs.device)
+            tokens = self.policy.reference_token_log_probs(own_groups(batch))
+            ref_own = tokens.view(len(batch), -1, longest)
+        return log_probs, reference, (own, ref_own)
 
     def _log_probs(self, groups: Sequence[Group]) -> tuple[Tensor, Metrics]:
         """(b, 2) log-probs of stored answers and, where they are logged, the means over each pair's tokens."""
@@ -291,6 +329,7 @@ def pair_task(
     model: Any = None,
     judges: Mapping[str, Gold],
     own: OwnSamples | None = None,
+    token_sums: bool = True,
 ) -> PairTask:
     """Load the policy and its reference, and join them with the data and the objective."""
     policy = TextPolicy.create(config, run.world, model=model, tokenizer=data.tokenizer)
@@ -315,4 +354,5 @@ def pair_task(
         judges=judges,
         reference=reference,
         with_state_kl=config.offline_kl_weight > 0,
+        token_sums=token_sums,
     )

@@ -136,7 +136,9 @@ def run(
     data = prepare_pairs(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
 
     def objective(scores: PairScores, items: Sequence[Item], policy: TextPolicy) -> tuple[Tensor, Metrics]:
-        own, ref_own, state_kl = own_scores(policy, items, config.estimator) if config.kl_weight else (None,) * 3
+        own, ref_own, state_kl = (
+            own_scores(policy, items, config.estimator, scores.own) if config.kl_weight else (None,) * 3
+        )
         losses = loss(
             scores.chosen,
             scores.rejected,
@@ -171,16 +173,23 @@ def run(
             own = OwnSamples(
                 num=config.num_generations, decoding=Decoding.of(config), seed=config.seed, prompts=prompts
             )
-        return pair_task(config, data, run, objective, judges=judges(config), model=model, own=own)
+        sums = config.estimator != "rb"
+        return pair_task(config, data, run, objective, judges=judges(config), model=model, own=own, token_sums=sums)
 
     return run_task(config, "hypo", data, task)
 
 
-def own_scores(policy: TextPolicy, items: Sequence[Item], estimator: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def own_scores(
+    policy: TextPolicy, items: Sequence[Item], estimator: str, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs of the fresh answers under policy and reference: (b, k), or (b, k, t) where the estimator needs tokens.
 
-    The third value is the exact KL of every next-token distribution, (b, k, t), for `rb`.
+    The third value is the exact KL of every next-token distribution, (b, k, t), for `rb`. `known` are both token by
+    token, where the pass over stored answers has them already.
     """
+    if known is not None:
+        own, reference = known
+        return (own, reference, None) if estimator == "rtg" else (own.sum(-1), reference.sum(-1), None)
     groups = own_groups(items)
     shape = (len(groups), len(groups[0].answers), -1)
     if estimator == "rb":
