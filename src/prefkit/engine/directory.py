@@ -26,6 +26,9 @@ RUN_FILES = (
     "rounds",
     "judge-cache",
     "stage1",
+    "sft",
+    "reward",
+    "ppo",
     "model",
     "adapter",
     "report.html",
@@ -35,7 +38,7 @@ RUN_FILES = (
 )
 """what a run writes beside checkpoint-N; --overwrite deletes these and nothing else"""
 
-STAGES = ("stage1",)
+STAGES = ("stage1", "sft", "reward", "ppo")
 """runs of their own inside a run; they know themselves whether their options are still those asked for"""
 
 FREE_TO_DIFFER = ("output_dir", "overwrite", "dry_run", "report_to")

@@ -62,8 +62,12 @@ LIMITS = {
 }
 MOST_RATIO = 10.0
 """mean probability ratio of a step beyond which the policy has left the one that drew its answers"""
-SAME_SCORES = 5
-"""batches of episodes in a row whose answers all score alike, after which a run ends: there is nothing to learn from"""
+MOST_KL = 10.0
+"""the same for policy/approx_kl: answers that have become all but impossible have ratios near 0"""
+SAME_BATCHES, SAME_ANSWERS = 5, 100
+"""batches of episodes in a row and answers in them with one and the same score, after which a run ends: there is
+nothing to learn from
+"""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +97,11 @@ class PolicyOptimization:
             self.module = nn.ModuleDict({"policy": self.policy.module, "value": self.value.module})
         self.world = self.policy.world
         self.store = RolloutStore(is_main=lambda: self.world.is_main)
-        self._batch = self._step = 0
+        self._batch = 0
         self._units: list[Unit] = []
         self._credits: list[Credit] = []
         self._share = self._value_scale = 1.0
+        self._measured = False
         parts = {False: (self.data.data.test, "test"), True: (self.data.data.selection, "selection")}
         self._evaluations = {key: self._evaluation(*part) for key, part in parts.items()}
 
@@ -125,18 +130,22 @@ class PolicyOptimization:
 
     def before(self, step: int, learner: Learner) -> None:
         """Make the batch of episodes that begins with this step, or take up the one a checkpoint holds."""
-        self._step = step
         batch, epoch, part = self.data.batch_of(step)
-        if batch == self._batch:
-            return
-        first = not (epoch or part)
-        if first:
-            self._make(batch)
-        elif self.store.about.get("batch") != batch:
-            raise InputError(f"the checkpoint lacks batch {batch} of episodes", where=str(self.run.directory))
-        self._take_up(batch)
-        if first:
+        if batch != self._batch:
+            if not (epoch or part):
+                self._make(batch)
+            elif self.store.about.get("batch") != batch:
+                raise InputError(f"the checkpoint lacks batch {batch} of episodes", where=str(self.run.directory))
+            self._take_up(batch)
+        # In the first row of the batch that is written, which need not be that of its first step.
+        if self._written(step) and not any(map(self._written, range(self.data.first_step(batch), step))):
             self._log_batch()
+
+    def _written(self, step: int) -> bool:
+        """Whether this step gets a row in the log."""
+        config = self.config
+        evaluated = bool(config.eval_steps) and step % config.eval_steps == 0
+        return evaluated or step % config.logging_steps == 0 or step == self.data.total_steps(self.world.size)
 
     def _make(self, batch: int) -> None:
         before = self.store.about
@@ -148,25 +157,30 @@ class PolicyOptimization:
             "batch": batch,
             "kl_coef": coefficient,
             "sampled_tokens": before.get("sampled_tokens", 0) + sampled,
-            "alike": self._count_alike(rollouts, before.get("alike", 0)),
+            "alike": self._count_alike(rollouts, before.get("alike", {})),
         }
         self.store.rollouts = rollouts
 
-    def _count_alike(self, rollouts: Sequence[Rollout], before: int) -> int:
-        """Batches in a row whose scores are all equal. InputError where that has gone on for long."""
-        scores = {rollout.score for rollout in rollouts}
+    def _count_alike(self, rollouts: Sequence[Rollout], before: Mapping[str, Any]) -> dict[str, Any]:
+        """How many batches and answers in a row had one and the same score, and which. InputError for very many."""
+        scores = set(penalised(Columns.of(rollouts, self.accounting), self.config).tolist())
         if len(scores) > 1:
-            return 0
-        if not before:
-            self.run.say(f"all {len(rollouts)} answers of this batch score {scores.pop():g}: the reward says nothing")
-        elif before + 1 >= SAME_SCORES:
+            return {}
+        score = scores.pop()
+        same = before if before.get("score") == score else {"batches": 0, "answers": 0}
+        found = {"score": score, "batches": same["batches"] + 1, "answers": same["answers"] + len(rollouts)}
+        if found["batches"] >= SAME_BATCHES and found["answers"] >= SAME_ANSWERS:
+            ended = any(rollout.finished for rollout in rollouts)
+            advice = "look at the reward with `prefkit judge run`"
             raise InputError(
-                f"for {before + 1} batches of episodes all answers scored alike ({scores.pop():g})",
+                f"for {found['batches']} batches of episodes all {found['answers']} answers scored {score:g}",
                 where="--reward",
-                mend="the reward does not tell answers apart; look at it with `prefkit judge run`. The last checkpoint "
-                "is whole",
+                mend=f"{advice if ended else 'no answer ended: raise --max_new_tokens, or see --missing_eos'}; "
+                "the last checkpoint is whole",
             )
-        return before + 1
+        if len(rollouts) > 1 and found["batches"] == 1:
+            self.run.say(f"all {len(rollouts)} answers of this batch score {score:g}: the reward says nothing")
+        return found
 
     def _next_coefficient(self) -> float:
         """The KL coefficient after the batch that was trained on."""
@@ -214,6 +228,7 @@ class PolicyOptimization:
 
     def batches(self, step: int, rows: Sequence[int], first: int) -> Sequence[Sequence[int]]:
         """Places of this process's prompts, a list for each pass."""
+        self._measured = self._written(step)
         everyone = [rollout for place in self.data.places(step) for rollout in self._units[place]]
         counted = sum(len(rollout.counted(self.accounting)) for rollout in everyone)
         actions = sum(self._actions(rollout) for rollout in everyone)
@@ -233,7 +248,7 @@ class PolicyOptimization:
         groups = [group_of(unit, self.accounting) for unit in units]
         columns = Columns.of([rollout for unit in units for rollout in unit], self.accounting, device)
         metrics: Metrics = {"objective/entropy": columns.scores.new_zeros(0)}  # a name that every step has
-        if self._step % self.config.logging_steps == 0:
+        if self._measured:
             log_probs, entropy, _ = self.policy.token_details(groups, temperature=self.config.temperature)
             metrics["objective/entropy"] = (entropy * columns.actions).sum(-1) * self._share
         else:
@@ -272,13 +287,13 @@ class PolicyOptimization:
 
     def after(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Stop where the policy has left the one that drew the answers it is trained on."""
-        if step % self.config.logging_steps:
+        if not (self._measured or self.run.due(self.config.save_steps)):
             return
-        ratio = float(values["policy/ratio"])
-        if ratio > MOST_RATIO:  # one that is no number is found by the run itself
+        ratio, kl = float(values["policy/ratio"]), float(values["policy/approx_kl"])
+        if ratio > MOST_RATIO or kl > MOST_KL:  # one that is no number is found by the run itself
             raise InputError(
-                f"at step {step} the probability ratio is {ratio:.3g} in the mean: the policy has left the one that "
-                "drew its answers",
+                f"at step {step} the probability ratio is {ratio:.3g} in the mean and the KL {kl:.3g}: the policy has "
+                "left the one that drew its answers",
                 where=str(self.run.directory),
                 mend="in another --output_dir, lower --learning_rate or --num_ppo_epochs; the last checkpoint is whole",
             )

@@ -10,7 +10,7 @@ of a model by later runs. The reward model starts from what SFT left.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,7 +21,7 @@ from prefkit.domains.text.generators import sampler_for
 from prefkit.domains.text.policy import TextPolicy
 from prefkit.domains.text.prompts import last_content
 from prefkit.domains.text.reward import RewardModel
-from prefkit.engine import limits
+from prefkit.engine import checkpoint, limits
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.directory import CONFIG, RESULT, differences
 from prefkit.engine.files import read_json
@@ -32,6 +32,15 @@ from prefkit.protocols import Gold
 from prefkit.records import Completion, Example, Pair, Result
 
 SFT, REWARD = "sft", "reward"
+LAST = "report.html"
+"""what a run writes last"""
+OTHER_DATA: dict[str, Any] = {
+    "dataset_config": "",
+    "dataset_train_split": "train",
+    "dataset_eval_split": "",
+    "eval_dataset": "",
+}
+"""options of the data of --reward_dataset: those given are of dataset_name"""
 LIMITS = {
     "sft_steps": limits.Limit(-1),
     "reward_steps": limits.Limit(-1),
@@ -68,6 +77,8 @@ class Tools:
     reward: Callable[..., Any]
     """makes the task of a reward model"""
     judges: Callable[[Any], dict[str, Gold]]
+    reward_of: Callable[[str, Any], Any]
+    """loads what --reward names"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +89,36 @@ class Ready:
     """with the model that SFT left"""
     model: Any
     """a model in memory that is still the start; None once a stage has trained"""
-    reward: str
-    """as --reward writes it"""
+    reward: Any
+    """a RewardModel, or a function of prompts and answers"""
     reward_model: str
     """the reward model's folder or Hub id; empty where a function scores"""
 
 
 def prepare(config: Any, *, model: Any, tokenizer: Any, train: Any, evaluation: Any) -> TextData[Any]:
-    """Prompts with their offline answers: prompt/completion rows, or the pairs that a reset to a rejected one needs."""
+    """Prompts with their offline answers: prompt/completion rows, or the pairs that a reset to a rejected one needs.
+
+    Raises InputError, as those do, and for a prompt that leaves no room for an answer.
+    """
     kind = prepare_pairs if config.reset_source in ("rejected", "both") else prepare_completions
-    return kind(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
+    data = kind(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
+    data.online_prompts("")  # the training rows' own
+    return data
 
 
 def before(config: Any, data: TextData[Any], run: Run, tools: Tools, *, model: Any, train: Any) -> Ready:
     """Run the stages that are asked for, or take up what they left."""
     limits.check(config, LIMITS)
+    # First what is named: a name that means nothing should not cost a stage.
+    reward = tools.reward_of(config.reward, config) if config.reward else None
     ready = run_sft(config, data, run, tools, model)
     start = model if ready is config else None
-    if config.reward:
+    if reward is not None:
         kind, _, rest = config.reward.partition(":")
-        return Ready(config=ready, model=start, reward=config.reward, reward_model=rest if kind == "reward" else "")
+        return Ready(config=ready, model=start, reward=reward, reward_model=rest if kind == "reward" else "")
     folder = str(run_reward(ready, data, run, tools, start, train))
-    return Ready(config=ready, model=start, reward=f"reward:{folder}", reward_model=folder)
+    reward = tools.reward_of(f"reward:{folder}", config)
+    return Ready(config=ready, model=start, reward=reward, reward_model=folder)
 
 
 def stage(config: Any, kind: type[Any], directory: Path, name: str, **own: Any) -> Any:
@@ -120,14 +139,34 @@ def stage(config: Any, kind: type[Any], directory: Path, name: str, **own: Any) 
     return kind(**{**shared, **fixed, **own})
 
 
-def state(config: Any) -> Literal["absent", "begun", "done", "other"]:
-    """What there is of a stage in its folder; "other" was made with other options than these."""
+def state(config: Any, made_of: str) -> Literal["absent", "begun", "done", "other"]:
+    """What there is of a stage in its folder; "other" was made with other options than these.
+
+    Raises InputError for one that is done and learned from other data than those of fingerprint `made_of`.
+    """
     folder = Path(config.output_dir)
     if not (folder / CONFIG).is_file():
         return "absent"
-    if differences(read_json(folder / CONFIG)["config"], to_json(config)):
+    before, now = placeless(read_json(folder / CONFIG)["config"]), placeless(to_json(config))
+    if differences(before, now) or before["max_steps"] != now["max_steps"]:
         return "other"
-    return "done" if (folder / RESULT).is_file() else "begun"
+    if not all((folder / name).is_file() for name in (RESULT, LAST)):
+        return "begun"
+    steps = checkpoint.steps_in(folder)
+    if steps and checkpoint.read_state(folder, steps[-1])["fingerprints"].get("basis") != made_of:
+        raise InputError(
+            "this stage learned from other data of that name",
+            where=str(folder),
+            mend="give the same, choose another --output_dir, or --overwrite to start anew",
+        )
+    return "done"
+
+
+def placeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's options without the folder its run stands in: another spelling of that is no other model."""
+    start = Path(values["output_dir"]).parent / SFT
+    named = Path(values["model_name_or_path"] or ".")
+    return {**values, "model_name_or_path": SFT if named == start else values["model_name_or_path"]}
 
 
 def run_sft(config: Any, data: TextData[Any], run: Run, tools: Tools, model: Any) -> Any:
@@ -137,7 +176,7 @@ def run_sft(config: Any, data: TextData[Any], run: Run, tools: Tools, model: Any
     own = stage(
         config, SftStage, run.directory, SFT, max_steps=config.sft_steps, learning_rate=config.sft_learning_rate
     )
-    found = run.world.on_main(lambda: state(own))
+    found = run.world.on_main(lambda: state(own, data.fingerprint))
     if found != "done":
         own = dataclasses.replace(own, overwrite=found == "other")
         run.say(f"stage sft: {len(data.train)} answers")
@@ -147,7 +186,7 @@ def run_sft(config: Any, data: TextData[Any], run: Run, tools: Tools, model: Any
 
         def task(inner: Run) -> Any:
             policy = TextPolicy.create(own, inner.world, model=model, tokenizer=data.tokenizer, copy_reference=False)
-            inner.fingerprint(model=policy.fingerprint)
+            inner.fingerprint(model=policy.fingerprint, basis=data.fingerprint)
             inner.say(f"policy {policy.describe()}")
             return tools.supervised(
                 policy=policy,
@@ -172,9 +211,9 @@ def run_reward(config: Any, data: TextData[Any], run: Run, tools: Tools, model: 
         REWARD,
         max_steps=config.reward_steps,
         learning_rate=config.reward_learning_rate,
-        dataset_name=config.reward_dataset or config.dataset_name,
+        **(OTHER_DATA | {"dataset_name": config.reward_dataset} if config.reward_dataset else {}),
     )
-    found = run.world.on_main(lambda: state(own))
+    found = run.world.on_main(lambda: state(own, data.fingerprint))
     if found != "done":
         own = dataclasses.replace(own, overwrite=found == "other")
         rows = None if config.reward_dataset else train
@@ -183,7 +222,7 @@ def run_reward(config: Any, data: TextData[Any], run: Run, tools: Tools, model: 
 
         def task(inner: Run) -> Any:
             reward = RewardModel.create(own, inner.world, model=model, tokenizer=data.tokenizer)
-            inner.fingerprint(model=reward.fingerprint)
+            inner.fingerprint(model=reward.fingerprint, basis=data.fingerprint)
             inner.say(reward.module.how)
             return tools.reward(
                 reward=reward, pairs=pairs.train, test=pairs.test, selection=pairs.selection, config=own

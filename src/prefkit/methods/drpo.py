@@ -7,6 +7,10 @@ paper: arXiv 2404.08495 (v3)
 Everything else is `ppo`: forced tokens get neither reward nor gradient, and the answer is scored as a whole. With
 reset_prob 0 the run is PPO's, bit for bit. SFT, a reward model and DR-PO run from this one command. `--profile paper`
 does what the released code does, where that differs: docs/methods/drpo.md lists it.
+
+Preset hh: not one of its values is from the DR-PO paper, which prints none for HH. They are trlx's HH defaults, and
+reset_prob, k_min, reset_source, lr_scheduler_type and long_prompts are ours. Presets tldr (released code) and
+tldr-paper (printed temperature) were not run by us.
 """
 
 from __future__ import annotations
@@ -160,17 +164,24 @@ def run(
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.
     """
     check_options(config)
-    tools = stages.Tools(run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges)
+    tools = stages.Tools(
+        run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges, reward_of=reward_of
+    )
     data = stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation)
 
     def task(run: Run) -> PolicyOptimization:
         ready = stages.before(config, data, run, tools, model=model, train=train)
         if config.compare_with_ppo:
             own = without_resets(ready, run)
-            if run.world.on_main(lambda: stages.state(own)) != "done":
+            if run.world.on_main(lambda: stages.state(own, data.fingerprint)) != "done":
                 run.say("the same without resets, for comparison")
                 rows, start = dataclasses.replace(data, config=own), copy.deepcopy(ready)
-                run_task(own, "drpo", EpisodeData.of(rows), lambda inner: made(own, rows, start, inner))
+
+                def beside(inner: Run) -> PolicyOptimization:
+                    inner.fingerprint(basis=data.fingerprint)
+                    return made(own, rows, start, inner)
+
+                run_task(own, "drpo", EpisodeData.of(rows), beside)
         return made(ready.config, data, ready, run)
 
     return run_task(config, "drpo", EpisodeData.of(data), task)
@@ -183,7 +194,7 @@ def made(config: Config, data: Any, ready: stages.Ready, run: Run) -> PolicyOpti
         config,
         EpisodeData.of(data),
         run,
-        reward=reward_of(ready.reward, config),
+        reward=ready.reward,
         reward_name=ready.reward_model,
         give_credit=critic_credit(config, by_episode=paper),
         take_loss=critic_loss(config),
@@ -202,7 +213,7 @@ def without_resets(ready: stages.Ready, run: Run) -> Config:
         output_dir=str(run.directory / "ppo"),
         reset_prob=0.0,
         compare_with_ppo=False,
-        reward=ready.reward,
+        reward=ready.config.reward or f"reward:{ready.reward_model}",
         sft_steps=0,
         overwrite=False,
     )

@@ -93,7 +93,9 @@ def run(
     """
     check_options(config)
     check_groups(config)
-    tools = stages.Tools(run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges)
+    tools = stages.Tools(
+        run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges, reward_of=reward_of
+    )
     data = EpisodeData.of(stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation))
 
     def task(run: Run) -> PolicyOptimization:
@@ -102,7 +104,7 @@ def run(
             ready.config,
             data,
             run,
-            reward=reward_of(ready.reward, config),
+            reward=ready.reward,
             reward_name=ready.reward_model,
             give_credit=grpo_credit(config),
             take_loss=grpo_loss(config),

@@ -81,7 +81,9 @@ def run(
     Returns the run directory, the final held-out metrics and the model. Raises InputError for unusable input.
     """
     check_options(config)
-    tools = stages.Tools(run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges)
+    tools = stages.Tools(
+        run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges, reward_of=reward_of
+    )
     data = EpisodeData.of(stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation))
 
     def task(run: Run) -> PolicyOptimization:
@@ -90,7 +92,7 @@ def run(
             ready.config,
             data,
             run,
-            reward=reward_of(ready.reward, config),
+            reward=ready.reward,
             reward_name=ready.reward_model,
             give_credit=critic_credit(config),
             take_loss=critic_loss(config),

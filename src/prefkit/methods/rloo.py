@@ -84,7 +84,9 @@ def run(
     """
     check_options(config)
     check_groups(config)
-    tools = stages.Tools(run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges)
+    tools = stages.Tools(
+        run_task=run_task, supervised=SupervisedTask, reward=RewardTask, judges=judges, reward_of=reward_of
+    )
     data = EpisodeData.of(stages.prepare(config, model=model, tokenizer=tokenizer, train=train, evaluation=evaluation))
 
     def task(run: Run) -> PolicyOptimization:
@@ -93,7 +95,7 @@ def run(
             ready.config,
             data,
             run,
-            reward=reward_of(ready.reward, config),
+            reward=ready.reward,
             reward_name=ready.reward_model,
             give_credit=rloo_credit(config),
             take_loss=rloo_loss(config),
