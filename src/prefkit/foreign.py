@@ -22,7 +22,7 @@ RENAMED = {
     "max_seq_length": "--max_length",
     "dataset_test_split": "--dataset_eval_split",
     "rpo_alpha": "--sft_weight",
-    "reward_funcs": "--gold_reward module:function, in evaluation",
+    "reward_funcs": "--gold_reward module:function, in evaluation; --reward gold:module:function, to learn from",
     "generate_during_eval": "--num_eval_prompts N, the held-out prompts that are answered",
     "use_vllm": "--generator vllm",
     "resume_from_checkpoint": "the same command again, or `prefkit resume DIR`",
@@ -37,8 +37,8 @@ UNNEEDED = {
     "remove_unused_columns": "other columns are kept and ignored",
     "dataset_num_proc": "data are tokenized in one process, a batch at a time",
     "dataset_text_field": "the column is called text",
-    "packing": "rows are not packed",
-    "padding_free": "padding never changes a number",
+    "packing": "answers are scored in packed rows anyway; --tokens_per_batch says how long",
+    "padding_free": "packed rows hold no padding, and padding never changes a number",
     "completion_only_loss": "only answers are learned",
     "assistant_only_loss": "only answers are learned",
     "do_train": "a method always trains",
@@ -52,15 +52,15 @@ UNNEEDED = {
 """why it is not needed"""
 
 NO_USE = {
-    **dict.fromkeys(("beta", "precompute_ref_log_probs"), "it has no reference policy"),
+    "beta": "it has no implicit reward; methods that learn from a reward weigh the KL by --kl_coef",
+    "precompute_ref_log_probs": "it compares no stored pairs with a reference",
     **dict.fromkeys(("loss_type", "label_smoothing"), "its loss has one form"),
     **dict.fromkeys(
         ("max_new_tokens", "temperature", "top_p", "stop_strings", "generator", "gold_reward", "reward_model"),
         "it draws no answers",
     ),
-    **dict.fromkeys(
-        ("kl_weight", "estimator", "num_generations", "prompt_dataset"), "it shapes the fresh answers of hypo"
-    ),
+    **dict.fromkeys(("kl_weight", "estimator", "prompt_dataset"), "it shapes the fresh answers of hypo"),
+    "num_generations": "it draws no answers to learn from",
 }
 """options that some methods have: why another has not"""
 

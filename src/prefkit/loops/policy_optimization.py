@@ -346,6 +346,12 @@ def check_groups(config: Any) -> None:
             where="--num_generations",
             mend="give 2 or more",
         )
+    if config.whiten_rewards:
+        raise InputError(
+            "token rewards are whitened for a value function, and there is none",
+            where="--whiten_rewards",
+            mend="leave it out; --scale_advantages acts on what an answer is given",
+        )
 
 
 def resets_of(config: Any, *, writes: bool) -> ResetSampler:

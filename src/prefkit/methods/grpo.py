@@ -42,6 +42,8 @@ class Config(Model, Lora, Data, Sampling, Reward, Episodes, Resets, Stages, Opti
     """passes over a batch of episodes"""
     cliprange_high: float = 0.0
     """how far the probability ratio may rise, where that differs from cliprange; 0 takes cliprange"""
+    scale_advantages: Literal["none", "scale", "whiten"] = "none"
+    """over a batch of episodes: as they are, variance 1, or mean 0 too"""
     scale_rewards: bool = True
     """divide a group's advantages by its standard deviation; off: Dr. GRPO"""
     loss_mean: Literal["answers", "tokens"] = "answers"

@@ -156,6 +156,8 @@ def grpo_credit(config: Any) -> GiveCredit:
         if config.kl_in == "reward" and kl_coef:
             scores = scores - kl_coef * sequence_kl(columns)
         advantages = group_normalised(scores.view(-1, config.num_generations), scale=config.scale_rewards).flatten()
+        everyone = torch.ones_like(advantages, dtype=torch.bool)
+        advantages = scaled(advantages, everyone, config.scale_advantages)
         return Credit(advantages=advantages[:, None].expand_as(columns.log_probs).contiguous())
 
     return give
