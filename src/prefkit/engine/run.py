@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from prefkit.engine import checkpoint, directory, environment, files, seeds, trackers
-from prefkit.engine.checkpoint import Tracked
+from prefkit.engine.checkpoint import Tracked, rotate
 from prefkit.engine.journal import Journal
 from prefkit.engine.progress import Bar, Stage, duration
 from prefkit.engine.row import Row, read
@@ -185,8 +185,7 @@ class Run:
 
     def select(self) -> int:
         """Load the selected checkpoint if it is not the last step's; gives the selected step."""
-        best = self._selection.best
-        selected = int(best["step"]) if best is not None else self._step
+        selected = next(iter(self._selection.kept), self._step)
         if selected not in (self._step, self._selected):
             self._require_whole(folder := checkpoint.path_of(self.directory, selected))
             for item in self._tracked.values():
@@ -206,7 +205,8 @@ class Run:
             "seconds": round(self._seconds(), 3),
             **{"model": model, "adapter": adapter},
         }
-        self._rotate()  # once more: a kill may have come between the last checkpoint and the removal of an old one
+        # Once more: a kill may have come between the last checkpoint and the removal of an old one.
+        self.world.on_main(lambda: rotate(self.directory, self.config.save_total_limit, self._selection.kept))
         self.world.on_main(lambda: files.write_json(self.directory / directory.RESULT, result))
         self.say(f"{result['status']}: {result['reason']}, {duration(self._seconds())}; run in {self.directory}")
         return result
@@ -316,11 +316,7 @@ class Run:
         self.world.on_main(lambda: files.require_space(self.directory, need, what=f"checkpoint-{self._step}"))
         checkpoint.write(self.directory, self._step, self._tracked, state, self.world)
         self._last_saved, self._keep_now = self._step, False
-        self._rotate()
-
-    def _rotate(self) -> None:
-        best = [int(self._selection.best["step"])] if self._selection.best is not None else []
-        self.world.on_main(lambda: checkpoint.rotate(self.directory, self.config.save_total_limit, best))
+        self.world.on_main(lambda: rotate(self.directory, self.config.save_total_limit, self._selection.kept))
 
     def _checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint: those of the last one, or what the tracked objects hold."""

@@ -33,6 +33,11 @@ class Selection:
                 mend="name one: --keep_best eval_rewards/margins",
             )
 
+    @property
+    def kept(self) -> list[int]:
+        """The step whose checkpoint stays, whatever comes after; none where nothing is chosen."""
+        return [] if self.best is None else [int(self.best["step"])]
+
     def metric(self, values: Mapping[str, float]) -> str:
         """The full name of the metric that selects.
 

@@ -70,6 +70,18 @@ def check(config: Any) -> None:
             where="--no_judge_labels",
             mend="add --stage1_steps 0, or let the labels be used",
         )
+    if config.candidates == "own" and config.pairing != "vs_baseline" and config.num_generations < 2:
+        raise InputError(
+            "one candidate beside the baseline makes no pair",
+            where="--num_generations 1",
+            mend="give 2 or more, or --pairing vs_baseline",
+        )
+    if config.self_judge != "frozen" and config.steps_per_round == 0 and config.num_rounds == 1:
+        raise InputError(
+            "in a single round every answer is judged by the weights it starts with",
+            where=f"--self_judge {config.self_judge}",
+            mend="more --num_rounds, or --steps_per_round 1",
+        )
 
 
 def stage1_config(config: Any, directory: Path) -> JudgeFit:

@@ -31,7 +31,6 @@ from prefkit.domains.text.round_plan import RoundData
 from prefkit.domains.text.sampler import Decoding
 from prefkit.engine.config import Optimisation, Output, Selection
 from prefkit.engine.run import Run
-from prefkit.errors import InputError
 from prefkit.feedback.config import Judging
 from prefkit.feedback.self_judge import choice_template
 from prefkit.feedback.strength import RankedPairing, stored_pairs
@@ -161,12 +160,11 @@ def run(
     rounds = RoundData.of(data)
     asks = not all(one.offline for one in rounds.rounds)
     learned, aside = judge_fit.set_aside(data.train, config)
+    ranked = RankedPairing(pairs=config.pairing, composition=config.composition)
 
     def objective(scores: MatchScores) -> Losses:
         four = scores.chosen, scores.rejected, scores.ref_chosen, scores.ref_rejected
         return loss(*four, beta=config.beta, strength=scores.strength), {}
-
-    pairing = RankedPairing(pairs=config.pairing, composition=config.composition)
 
     def task(run: Run) -> Watched:
         second, start = config, model
@@ -189,7 +187,7 @@ def run(
             run,
             objective,
             judge=judge if asks else None,  # stored strengths alone need nobody, and nobody is measured
-            pairing=stored_pairs if config.candidates == "data" else pairing,
+            pairing=stored_pairs if config.candidates == "data" else ranked,
             draws=draws(config),
             gold=gold,
             judge_in_step=config.judge == "self" and asks,
@@ -248,17 +246,5 @@ def check(config: Config) -> None:
     check_options(config)
     require_judge(config)
     judge_fit.check(config)
-    if config.candidates == "own" and config.pairing != "vs_baseline" and config.num_generations < 2:
-        raise InputError(
-            "one candidate beside the baseline makes no pair",
-            where="--num_generations 1",
-            mend="give 2 or more, or --pairing vs_baseline",
-        )
     if config.judge == "self":
         choice_template(config.judge_template)
-    if config.self_judge != "frozen" and config.steps_per_round == 0 and config.num_rounds == 1:
-        raise InputError(
-            "in a single round every answer is judged by the weights it starts with",
-            where=f"--self_judge {config.self_judge}",
-            mend="more --num_rounds, or --steps_per_round 1",
-        )
