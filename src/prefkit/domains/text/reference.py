@@ -37,8 +37,13 @@ class AdaptersOff:
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
         model: Any = self.module.model
-        with model.disable_adapter():
-            yield self.module
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            with model.disable_adapter():
+                yield self.module
+        finally:  # peft unfreezes the active adapter alone, and there may be another (`value.SharedValue`)
+            for weight in trained:
+                weight.requires_grad_(True)
 
 
 class FrozenAdapter:

@@ -72,17 +72,18 @@ class ResetSampler:
 
     @property
     def starves_first_token(self) -> bool:
-        """Whether the first token of an answer is forced in every rollout, so that nothing trains it directly."""
+        """Whether the first token of an answer is forced wherever it can be, so that next to nothing trains it."""
         first = self.k_min if self.law == "uniform" else max(self.k_min, 1)
-        return self.prob == 1 and first >= 1 and self.filter is None
+        return self.prob == 1 and first >= 1
 
     def warning(self) -> str:
         """A line for the log where a setting starves the first token; else empty."""
         if not self.starves_first_token:
             return ""
+        mend = "--k_min 0 or --reset_prob below 1 gives" if self.law == "uniform" else "--reset_prob below 1 gives"
         return (
             "every rollout is reset and at least one token is forced: the first token of an answer gets no gradient of "
-            "its own (--k_min 0 or --reset_prob below 1 gives it some)"
+            f"its own ({mend} it some)"
         )
 
     def draw(self, answers: Sequence[Offline | None], *, progress: float = 0.0, limit: int | None = None) -> list[int]:

@@ -315,10 +315,12 @@ def _name_pad(model: Any, tokenizer: Any) -> None:
 
 
 def from_causal(model: Any) -> Any:
-    """A sequence-classification model with a copy of the backbone of a causal LM given in memory."""
+    """A sequence-classification model with a copy of the backbone of a causal LM given in memory, adapters left out."""
     from transformers import AutoModelForSequenceClassification
 
     settings = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})
     made: Any = AutoModelForSequenceClassification.from_config(settings)
-    made.base_model.load_state_dict(model.base_model.state_dict())
+    state = model.base_model.state_dict()
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
+    made.base_model.load_state_dict(plain)
     return made

@@ -128,8 +128,9 @@ class RolloutMaker:
         assert self.resets is not None
         if self.resets.source == "policy":
             return self._start_samples(rows, batch)
+        ends, train = end_tokens(self.policy), self.data.data.train
         return [
-            offline_answer(self.data.data.train[row], self.resets.source, number(self.config.seed, "side", batch, i))
+            offline_answer(train[row], self.resets.source, number(self.config.seed, "side", batch, i), ends=ends)
             for i, row in enumerate(rows)
         ]
 
@@ -172,8 +173,12 @@ class RolloutMaker:
             prefixes=[cuts[i] for i in places],
         )
         ends = end_tokens(self.policy)
+
+        def decode(tokens: Sequence[int]) -> str:
+            return self.policy.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
         return [
-            Rollout.of(sample, place=place, row=rows[place], prefix=len(cuts[place]), ends=ends)
+            Rollout.of(sample, place=place, row=rows[place], prefix=len(cuts[place]), ends=ends, decode=decode)
             for place, answers in zip(places, samples, strict=True)
             for sample in answers
         ]
@@ -207,7 +212,10 @@ class RolloutMaker:
         budget = max([self.config.tokens_per_batch, *sizes]) if self.config.tokens_per_batch else 0
         rows = self.config.per_device_train_batch_size
         found: dict[int, Unit] = {}
-        for piece in passes([sizes[i] for i in order], rows=rows, budget=budget, agree=agree):
+        pieces = passes([sizes[i] for i in order], rows=rows, budget=budget, agree=agree)
+        if agree is not None:
+            pieces += pieces[-1:] * (agree(len(pieces)) - len(pieces))
+        for piece in pieces:
             part = [order[place] for place in piece]
             columns = self._columns([groups[i] for i in part])
             line = 0
@@ -247,11 +255,17 @@ def units_of(rollouts: Sequence[Rollout]) -> list[Unit]:
     return list(by_place.values())
 
 
-def offline_answer(row: Pair | Example, source: str, drawn: int) -> Offline | None:
-    """The stored answer that a reset of this row's prompt may start from; `drawn` decides between two."""
-    if isinstance(row, Example):
-        return Offline(row.completion, not row.truncated, row.source.row)
+def offline_answer(row: Pair | Example, source: str, drawn: int, *, ends: Sequence[int]) -> Offline:
+    """The stored answer that a reset of this row's prompt may start from; `drawn` decides between two.
+
+    It ends with its first end token: what follows one is the next turn of a conversation.
+    """
     side = source if source != "both" else ("chosen", "rejected")[drawn % 2]
-    if side == "rejected":
-        return Offline(row.rejected, not row.rejected_truncated, row.source.row)
-    return Offline(row.chosen, not row.chosen_truncated, row.source.row)
+    if isinstance(row, Example):
+        tokens, cut = row.completion, row.truncated
+    elif side == "rejected":
+        tokens, cut = row.rejected, row.rejected_truncated
+    else:
+        tokens, cut = row.chosen, row.chosen_truncated
+    first = next((i + 1 for i, token in enumerate(tokens) if token in ends), 0)
+    return Offline(tokens[:first] if first else tokens, bool(first) or not cut, row.source.row)

@@ -90,6 +90,12 @@ class Rollout:
         """The tokens that are counted."""
         return self.tokens[self.prefix : self.end] if accounting == "continuation" else self.tokens
 
+    def ended(self, accounting: Accounting) -> bool:
+        """Whether the answer counts as finished. DR-PO's released code looks for padding behind the end token, so that
+        one at the very last position of the budget counts as missing.
+        """
+        return self.finished and (accounting == "continuation" or self.end < len(self.tokens))
+
     def scored_by(self, *, log_probs: Sequence[float], reference: Sequence[float], values: Sequence[float]) -> Rollout:
         return replace(self, log_probs=tuple(log_probs), ref_log_probs=tuple(reference), values=tuple(values))
 
@@ -117,7 +123,7 @@ class Columns:
     lengths: Tensor
     """(n,) tokens up to the end, forced ones included"""
     finished: Tensor
-    """(n,) whether there is an end token; by `episode`, as in the released code, whether anything stands behind it"""
+    """(n,) see `Rollout.ended`"""
     scores: Tensor
     """(n,) by the reward"""
     resets: Tensor
@@ -142,7 +148,7 @@ class Columns:
             "actions": actions,
             "ends": torch.tensor([r.end - 1 - r.start(accounting) for r in rollouts]),
             "lengths": torch.tensor([float(r.end) for r in rollouts]),
-            "finished": torch.tensor([r.finished and (behind or not by_episode) for r, behind in zip(rollouts, after)]),
+            "finished": torch.tensor([r.ended(accounting) for r in rollouts]),
             "scores": torch.tensor([r.score for r in rollouts]),
             "resets": torch.tensor([r.prefix for r in rollouts]),
         }

@@ -132,8 +132,9 @@ class SharedHead(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.score = nn.Linear(weight.shape[-1], 1, bias=False)
-        self.score.weight.data.copy_(weight)
+        head: Any = nn.utils.skip_init(nn.Linear, weight.shape[-1], 1, bias=False)
+        head.weight.data.copy_(weight)
+        self.score = head
 
 
 class SharedValue:
@@ -159,14 +160,13 @@ class SharedValue:
         settings: Any = LoraConfig.from_pretrained(str(adapter))
         settings.modules_to_save, settings.task_type, settings.inference_mode = None, "CAUSAL_LM", False
         model: Any = policy.model
-        model.add_adapter(ADAPTER, settings)
+        with torch.random.fork_rng():  # peft draws from the global generator, weights that are replaced at once
+            model.add_adapter(ADAPTER, settings)
         head = state.pop(heads[0])
         outcome: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
         if outcome.unexpected_keys:
             raise InputError(f"does not fit the policy: {outcome.unexpected_keys[0]}", where=str(adapter))
         without_dropout(model)
-        loading.widen(model, policy.dtype)
-        model.to(policy.world.device)
         made = cls(
             policy,
             SharedHead(head.float()).to(policy.world.device),
@@ -174,6 +174,8 @@ class SharedValue:
             how=f"a value adapter on the policy's own base, begun as the reward model's ({adapter})",
         )
         made._require_gradients()
+        loading.widen(model, policy.dtype)
+        model.to(policy.world.device)
         return made
 
     def values(self, groups: Sequence[Group]) -> Tensor:
@@ -237,6 +239,8 @@ def value_of(options: Any, policy: TextPolicy, *, reward: str, keeping: Keeping)
         return SeparateValue.create(options, policy, reward=reward, how=how)
     found = reward_adapter(reward)
     assert found is not None
+    if (found / "tokenizer_config.json").is_file():
+        same_tokens(loading.load_tokenizer(options, str(found)), policy.tokenizer, reward)
     return SharedValue.create(policy, found)
 
 
@@ -248,7 +252,9 @@ def why_not_shared(options: Any, policy: TextPolicy, reward: str) -> str:
         return "its weights are sharded"
     if options.gradient_checkpointing:
         return "recomputed activations would see the other adapter"
-    found = reward_adapter(reward) if reward else None
+    if not reward:
+        return "it begins as no reward model"
+    found = reward_adapter(reward)
     if found is None:
         return "the reward model is no adapter"
     base = loading.adapter_base(found)
