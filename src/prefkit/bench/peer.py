@@ -10,10 +10,13 @@ import gc
 import importlib.metadata
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
+
+import torch
 
 from prefkit.bench.arms import Setup, plain_attention, restore, trained
 from prefkit.bench.blocks import Block, Watch, now
@@ -61,7 +64,7 @@ class Peer:
         if self._forward is not None:
             trainer.model.__dict__["forward"] = self._forward
         gc.collect()
-        clock = _clock(self.setup, watch)
+        clock = step_clock(self.setup.device, watch)
         trainer.add_callback(clock)
         try:
             with plain_attention(trainer.model):
@@ -143,7 +146,8 @@ def rows(pairs: Sequence[Pair]) -> Any:
     )
 
 
-def _clock(setup: Setup, watch: Watch | None) -> Any:
+def step_clock(device: torch.device, watch: Watch | None = None) -> Any:
+    """A callback of a transformers trainer: `stamps`, one at the start and one for each step, and the log's `rows`."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -151,10 +155,12 @@ def _clock(setup: Setup, watch: Watch | None) -> Any:
 
         def __init__(self) -> None:
             self.stamps: list[float] = []
+            self.processor: list[float] = []
+            """the processor time of this process at each stamp"""
             self.rows: list[dict[str, float]] = []
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.stamps.append(now(setup.device))
+            self._stamp()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if watch is not None:
@@ -166,7 +172,11 @@ def _clock(setup: Setup, watch: Watch | None) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                self.stamps.append(now(setup.device))
+                self._stamp()
                 self.rows.append(dict(logs))
+
+        def _stamp(self) -> None:
+            self.stamps.append(now(device))
+            self.processor.append(time.process_time())
 
     return Clock()

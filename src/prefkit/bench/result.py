@@ -79,7 +79,7 @@ def described(setup: arms.Setup) -> Found:
     return {**found, "workload": {**found["workload"], **about}}
 
 
-def around(workload: Workload) -> Found:
+def around(workload: Workload, *, bench: str = "dpo") -> Found:
     """The workload's options, the command, and the machine and versions it ran on."""
     found = environment.environment(World.start(), dtype=workload.dtype)
     try:
@@ -87,16 +87,21 @@ def around(workload: Workload) -> Found:
     except importlib.metadata.PackageNotFoundError:
         found["versions"]["trl"] = None
     found["mkl"] = torch.backends.mkl.is_available()
-    return {"bench": "dpo", "workload": asdict(workload), "environment": found}
+    return {"bench": bench, "workload": asdict(workload), "environment": found}
 
 
 def show(found: Found) -> None:
     """Tables and a line for the terminal."""
     {"time": _show_time, "counts": _show_counts, "memory": _show_memory}[found["mode"]](found)
+    print(line_of(found))
+
+
+def line_of(found: Found) -> str:
+    """The machine and the versions."""
     place = found["environment"]
     versions = place["versions"]
     peer = f", trl {versions['trl']}" if versions["trl"] else ""
-    print(
+    return (
         f"{place['cpu']}, {place['device']}, {place['threads']} threads, {place['dtype']}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}{peer}"
     )

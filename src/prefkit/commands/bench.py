@@ -1,18 +1,21 @@
-"""Measure the speed, operation counts and memory of DPO training, alone or against TRL on the same batches.
+"""Measure the speed of training, alone or against TRL on the same batches; of DPO, operation counts and memory too.
 
 Every arm trains the same model on the same rows from the same weights, in blocks that take turns. `trl` is TRL's
-DPOTrainer; the others are prefkit with its savings left out one by one: naive, padded, packed, and engine with all.
+trainer. For dpo the others are prefkit with its savings left out one by one: naive, padded, packed, engine with all.
+For rloo and grpo, and for ppo and drpo, which have no peer, there is the engine alone: answers of a forced length are
+drawn, scored by a function of the text and by the reference, and trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefkit.bench import arms, memory, peer, result
+from prefkit.bench import arms, memory, peer, result, rl_result, rl_workloads
+from prefkit.bench.rl_peer import PEERS
 from prefkit.bench.workloads import MODELS, Workload, distributions
 from prefkit.errors import InputError
 from prefkit.options import unknown
@@ -21,15 +24,19 @@ from prefkit.report.page import save
 PEER = "trl"
 WIDE_VOCABULARY = 150_000
 """of --memory: that of recent models, where logits weigh most"""
+LEAST = (("steps", 2), ("repeats", 1), ("batch", 0), ("vocabulary", 0), ("num_generations", 2), ("epochs", 1))
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, measures, prints tables and writes the JSON file."""
     options = _parser().parse_args(list(argv))
     names = _arms(options)
-    work = _workload(options)
     if PEER in names:
         peer.version()
+    if options.method in rl_workloads.METHODS:
+        return _rollouts(options, names)
+    work = _workload(options)
+    work.lengths()  # an unknown shape is said before a model is built
     if options.alone:
         save(json.dumps(memory.alone(work, names[0])), Path(options.alone))
         return 0
@@ -39,7 +46,25 @@ def main(argv: Sequence[str]) -> int:
         found = result.counted(work, names)
     else:
         found = result.timed(work, names, options.repeats)
-    result.show(found)
+    return _end(options, found, result.show)
+
+
+def _rollouts(options: Any, names: Sequence[str]) -> int:
+    """A bench of reinforcement learning."""
+    for name in ("counts", "memory", "sorted"):
+        if getattr(options, name):
+            raise InputError(f"is measured of dpo alone, not of {options.method}", where=f"--{name}")
+    episodes = rl_workloads.Episodes(
+        method=options.method,
+        workload=_workload(options),
+        num_generations=options.num_generations,
+        epochs=options.epochs,
+    )
+    return _end(options, rl_result.timed(episodes, names, options.repeats), rl_result.show)
+
+
+def _end(options: Any, found: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> int:
+    show(found)
     if options.json:
         print(save(json.dumps(found, indent=1) + "\n", Path(options.json)))
     return 0
@@ -54,13 +79,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     shapes = ", ".join(distributions())
-    add("method", choices=("dpo",), help="what is trained")
+    add("method", choices=("dpo", *rl_workloads.METHODS), help="what is trained")
     add("--against", choices=(PEER, "none"), default="none", help='the peer (trl: pip install "prefkit[bench]")')
     add("--model", default="llama-16k", metavar="NAME", help=f"{', '.join(MODELS)} (random weights), or any model")
-    add("--shape", default="256/64", metavar="S", help=f"prompt/answer tokens (256/64), or {shapes}")
-    add("--steps", type=int, default=4, metavar="N", help="steps in a block, the first is warm-up (4)")
+    add(
+        "--shape",
+        default="",
+        metavar="S",
+        help=f"prompt/answer tokens (256/64; rloo and its like: {rl_workloads.SHAPE}), or {shapes}",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="steps, or batches of episodes, in a block; one is warm-up (4)",
+    )
     add("--repeats", type=int, default=3, metavar="N", help="blocks of every arm, taking turns (3)")
-    add("--batch", type=int, default=0, metavar="N", help="pairs in a step (8; with --memory 4)")
+    add("--batch", type=int, default=0, metavar="N", help="pairs in a step, or prompts in a batch (8; with --memory 4)")
+    add("--num_generations", type=int, default=4, metavar="K", help="of rloo and its like: answers to a prompt (4)")
+    add("--epochs", type=int, default=1, metavar="N", help="of rloo and its like: passes over a batch of episodes (1)")
     add("--sorted", action="store_true", help="batches of similar length")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype (float32)")
     add("--use_peft", action="store_true", help="train a LoRA adapter on both sides")
@@ -77,16 +115,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workload(options: Any) -> Workload:
     """The workload of the options; InputError for numbers that cannot be."""
-    for name, least in (("steps", 2), ("repeats", 1), ("batch", 0), ("vocabulary", 0)):
+    for name, least in LEAST:
         if getattr(options, name) < least:
             raise InputError(f"must be at least {least}", where=f"--{name}")
     vocabulary = options.vocabulary
     if options.memory and not vocabulary and options.model in MODELS:
         vocabulary = WIDE_VOCABULARY
-    work = Workload(
+    return Workload(
         model=options.model,
         vocabulary=vocabulary,
-        shape=options.shape,
+        shape=options.shape or ("256/64" if options.method == "dpo" else rl_workloads.SHAPE),
         batch=options.batch or (4 if options.memory else 8),
         steps=2 if options.memory else options.steps,
         sort=options.sorted,
@@ -94,13 +132,15 @@ def _workload(options: Any) -> Workload:
         use_peft=options.use_peft,
         seed=options.seed,
     )
-    work.lengths()  # an unknown shape is said before a model is built
-    return work
 
 
 def _arms(options: Any) -> list[str]:
     """The arms asked for, in the order they take turns in; InputError for unknown ones."""
-    possible = [*([PEER] if options.against == PEER else []), *arms.OURS]
+    if options.against == PEER and options.method not in ("dpo", *PEERS):
+        mend = "leave --against out; rloo and grpo have a peer"
+        raise InputError(f"TRL has no trainer that does what {options.method} does", where="--against", mend=mend)
+    ours = arms.OURS if options.method == "dpo" else arms.OURS[-1:]
+    possible = [*([PEER] if options.against == PEER else []), *ours]
     if not options.arms:
         # Memory: the two that are compared, each takes a process.
         return [name for name in possible if not options.memory or name in (PEER, "engine")]
