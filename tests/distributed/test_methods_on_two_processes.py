@@ -206,3 +206,55 @@ def test_rounds_stopped_on_two_processes_go_on(inputs: Inputs, tmp_path: Path) -
     assert column(directory, "loss") == column(whole, "loss")
     one, two = weights(whole), weights(directory)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+EPISODES: dict[str, dict[str, Any]] = {
+    "ppo": {"num_mini_batches": 2, "kl_coef": 0.1},
+    "drpo": {"reset_prob": 0.5, "kl_target": 0.5, "kl_horizon": 20},
+    "rloo": {"num_generations": 3, "reset_prob": 0.5},
+    "grpo": {"num_generations": 3},
+}
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("method", "how"), [("ppo", "gloo"), ("drpo", "fsdp"), slow("rloo", "gloo"), slow("grpo", "fsdp")]
+)
+def test_episodes_on_two_processes_are_those_of_one(inputs: Inputs, tmp_path: Path, method: str, how: str) -> None:
+    options = {**EPISODES[method], "use_peft": False}
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(inputs, method, one, "one", **options)
+    launch(inputs, method, two, how, **options)
+    for step in (3, STEPS):
+        first, second = (lines(path / f"checkpoint-{step}" / "rollouts.jsonl") for path in (one, two))
+        assert [row["tokens"] for row in first[1:]] == [row["tokens"] for row in second[1:]]
+        assert [row["prefix"] for row in first[1:]] == [row["prefix"] for row in second[1:]]
+        assert first[0]["sampled_tokens"] == second[0]["sampled_tokens"]
+    for name in ("loss", "grad_norm", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio"):
+        first, second = torch.tensor(column(one, name)), torch.tensor(column(two, name))
+        assert len(first), name
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=5e-5, msg=name)
+    before, after = weights(one), weights(two)
+    for name, value in before.items():
+        assert (after[name] - value).abs().mean() < 2e-5, name
+
+
+def test_sharded_processes_with_unequal_shares_of_answers_stay_in_step(inputs: Inputs, tmp_path: Path) -> None:
+    """Four prompts are drawn as three and one, which is another number of passes on each process."""
+    options = {"num_generations": 21, "max_new_tokens": 3, "max_steps": 2, "use_peft": False}
+    launch(inputs, "rloo", tmp_path / "run", "fsdp", **options)
+    assert len(lines(tmp_path / "run" / "checkpoint-2" / "rollouts.jsonl")) == 1 + 4 * 21
+
+
+@pytest.mark.slow
+def test_a_stopped_run_on_episodes_continues_on_two_processes(inputs: Inputs, tmp_path: Path) -> None:
+    options = {**EPISODES["drpo"], "use_peft": False, "max_steps": 4, "save_steps": 1}
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    launch(inputs, "drpo", whole, "fsdp", **options)
+    launch(inputs, "drpo", directory, "fsdp", **{**options, "max_steps": 3})
+    launch(inputs, "drpo", directory, "fsdp", **options)
+    assert column(directory, "loss") == column(whole, "loss")
+    one, two = weights(whole), weights(directory)
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -32,6 +32,8 @@ CASES = {
     "selm-rounds": ("selm", {"prompts_per_round": 6, "alpha": 0.2}),
     "online-dpo-lora": ("online_dpo", {"use_peft": True}),
     "osp-ema-lora": ("osp", {"use_peft": True, "self_judge": "ema", "ema_decay": 0.5}),
+    "drpo-resets": ("drpo", {"num_mini_batches": 2, "reset_prob": 0.5, "kl_target": 0.5, "kl_horizon": 20}),
+    "rloo-lora": ("rloo", {"use_peft": True, "num_ppo_epochs": 3, "reset_prob": 0.5}),
 }
 
 
