@@ -195,3 +195,16 @@ def test_another_spelling_of_the_run_directory_is_no_other_model(whole: Any) -> 
     moved = {**values, "output_dir": "elsewhere/run/reward", "model_name_or_path": "elsewhere/run/sft"}
     assert stages.placeless(values)["model_name_or_path"] == stages.placeless(moved)["model_name_or_path"] == "sft"
     assert stages.placeless({**values, "model_name_or_path": "another"})["model_name_or_path"] == "another"
+
+
+def test_a_judge_without_a_name_is_a_reward_model_fit_first(inputs: Inputs, tmp_path: Path) -> None:
+    options = {"judge": "reward", "reward_steps": 2, "max_steps": 2, "num_rounds": 1}
+    made = run(inputs, "selm", tmp_path / "made", **options)
+    assert read(made / "reward" / "result.json")["steps"] == 2
+    about = read(made / "rounds" / "00001.json")
+    assert about["judge"].startswith("reward:reward@")
+    assert read(made / "config.json")["config"]["judge"] == "reward"
+    named = run(inputs, "selm", tmp_path / "named", **{**options, "judge": f"reward:{made / 'reward'}"})
+    assert lines(named / "rounds" / "00001.jsonl") == lines(made / "rounds" / "00001.jsonl")
+    assert weights(named).keys() == weights(made).keys()
+    assert all(torch.equal(weights(named)[name], tensor) for name, tensor in weights(made).items())

@@ -72,10 +72,10 @@ class Tools:
     """The loops that stages run: a loop does not know its siblings, so the method hands them over."""
 
     run_task: RunTask
-    supervised: Callable[..., Any]
-    """makes the task of SFT"""
     reward: Callable[..., Any]
     """makes the task of a reward model"""
+    supervised: Callable[..., Any]
+    """makes the task of SFT"""
     judges: Callable[[Any], dict[str, Gold]]
     reward_of: Callable[[str, Any], Any]
     """loads what --reward names"""
@@ -230,6 +230,21 @@ def run_reward(config: Any, data: TextData[Any], run: Run, tools: Tools, model: 
 
         tools.run_task(own, REWARD, pairs, task)
     return run.directory / REWARD
+
+
+def judged(
+    config: Any, data: TextData[Any], run: Run, run_task: RunTask, reward: Callable[..., Any], *, model: Any, train: Any
+) -> Any:
+    """The options with a judge that is there: `--judge reward` alone has one fit to the pairs first."""
+    if config.judge != REWARD:
+        return config
+    tools = Tools(run_task=run_task, reward=reward, supervised=_unused, judges=_unused, reward_of=_unused)
+    folder = run_reward(config, data, run, tools, model, train)
+    return dataclasses.replace(config, judge=f"{REWARD}:{folder}")
+
+
+def _unused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a judge needs no other stage")
 
 
 def continued(config: Any, folder: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from prefkit.domains.text.config import Data, Lora, Model, Parts, Rounds, Sampling
 from prefkit.domains.text.contests import MatchScores
 from prefkit.domains.text.datasets import prepare_pairs
+from prefkit.domains.text.episodes_config import RewardFirst
 from prefkit.domains.text.round_maker import Draw
 from prefkit.domains.text.round_plan import RoundData
 from prefkit.domains.text.sampler import Decoding
@@ -24,7 +25,9 @@ from prefkit.engine.run import Run
 from prefkit.feedback.config import Judging
 from prefkit.feedback.ranking import pairing_of
 from prefkit.loops.judging import judge_of, judges
+from prefkit.loops.reward_fit import RewardTask
 from prefkit.loops.rounds import Losses, RoundTask, check_options, require_judge, rounds_task
+from prefkit.loops.stages import judged
 from prefkit.loops.training import run_task
 from prefkit.objectives.preference import dpo_loss as loss
 from prefkit.records import Result
@@ -33,7 +36,7 @@ __all__ = ["PRESETS", "Config", "loss", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Model, Lora, Data, Sampling, Parts, Rounds, Judging, Optimisation, Selection, Output):
+class Config(Model, Lora, Data, Sampling, Parts, Rounds, Judging, RewardFirst, Optimisation, Selection, Output):
     beta: float = 0.1
     """temperature β of the implicit reward; larger keeps closer to the reference"""
     response: Literal["greedy", "sample"] = "greedy"
@@ -60,17 +63,20 @@ PRESETS = {
     "demo": Config(
         model_name_or_path="smollm2-135m-instruct",
         dataset_name="rotten-tomatoes",
-        judge="gold:rotten-tomatoes",
+        judge="reward",
+        reward_steps=40,
+        reward_learning_rate=5e-4,
         gold_reward="rotten-tomatoes",
         use_peft=True,
         lora_target_modules=("q_proj", "v_proj"),
-        learning_rate=5e-4,
+        learning_rate=2e-4,
         lr_scheduler_type="cosine",
         warmup_ratio=0.1,
+        unfinished="drop",
         prompts_per_round=64,
         per_device_train_batch_size=8,
         beta=0.1,
-        max_new_tokens=32,
+        max_new_tokens=40,
         max_length=128,
         num_eval_samples=240,
         save_steps=8,
@@ -125,12 +131,13 @@ def run(
         return loss(scores.chosen, scores.rejected, scores.ref_chosen, scores.ref_rejected, beta=config.beta), {}
 
     def task(run: Run) -> RoundTask:
+        ready = judged(config, rounds.data, run, run_task, RewardTask, model=model, train=train)
         return rounds_task(
             config,
             rounds,
             run,
             objective,
-            judge=lambda policy: judge_of(config, directory=run.directory, policy=policy, say=run.say),
+            judge=lambda policy: judge_of(ready, directory=run.directory, policy=policy, say=run.say),
             pairing=pairing_of(config.pairing, seed=config.seed),
             draws=draws(config),
             gold=judges(config),

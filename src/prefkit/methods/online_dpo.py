@@ -16,6 +16,7 @@ from typing import Any, Literal
 from prefkit.domains.text.config import Data, Lora, Model, Parts, Rounds, Sampling
 from prefkit.domains.text.contests import MatchScores
 from prefkit.domains.text.datasets import prepare_pairs
+from prefkit.domains.text.episodes_config import RewardFirst
 from prefkit.domains.text.round_maker import Draw
 from prefkit.domains.text.round_plan import RoundData
 from prefkit.domains.text.sampler import Decoding
@@ -24,7 +25,9 @@ from prefkit.engine.run import Run
 from prefkit.feedback.config import Judging
 from prefkit.feedback.ranking import pairing_of
 from prefkit.loops.judging import judge_of, judges
+from prefkit.loops.reward_fit import RewardTask
 from prefkit.loops.rounds import Losses, RoundTask, check_options, require_judge, rounds_task
+from prefkit.loops.stages import judged
 from prefkit.loops.training import run_task
 from prefkit.objectives.preference import dpo_loss as loss
 from prefkit.records import Result
@@ -33,7 +36,7 @@ __all__ = ["PRESETS", "Config", "loss", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Model, Lora, Data, Sampling, Parts, Rounds, Judging, Optimisation, Selection, Output):
+class Config(Model, Lora, Data, Sampling, Parts, Rounds, Judging, RewardFirst, Optimisation, Selection, Output):
     beta: float = 0.1
     """temperature β of the implicit reward; larger keeps closer to the reference"""
     steps_per_round: int = 1
@@ -92,12 +95,13 @@ def run(
         return loss(scores.chosen, scores.rejected, scores.ref_chosen, scores.ref_rejected, beta=config.beta), {}
 
     def task(run: Run) -> RoundTask:
+        ready = judged(config, rounds.data, run, run_task, RewardTask, model=model, train=train)
         return rounds_task(
             config,
             rounds,
             run,
             objective,
-            judge=lambda policy: judge_of(config, directory=run.directory, policy=policy, say=run.say),
+            judge=lambda policy: judge_of(ready, directory=run.directory, policy=policy, say=run.say),
             pairing=pairing_of(config.pairing, seed=config.seed),
             draws=[Draw(num=config.num_generations, decoding=Decoding.of(config))],
             gold=judges(config),

@@ -89,16 +89,22 @@ class Resets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
+class RewardFirst:
+    """reward model first"""
+
+    reward_steps: int = -1
+    """optimizer steps of the reward model that is fit to pairs first where none is named; -1 is one pass"""
+    reward_learning_rate: float = 1e-5
+    """its peak learning rate"""
+    reward_dataset: str = ""
+    """pairs it is fit to; empty takes dataset_name"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(RewardFirst):
     """stages before"""
 
     sft_steps: int = 0
     """optimizer steps of supervised fine-tuning first, on the offline answers; -1 is one pass, 0 leaves it out"""
     sft_learning_rate: float = 1e-5
     """its peak learning rate"""
-    reward_steps: int = -1
-    """optimizer steps of the reward model where --reward names none; -1 is one pass"""
-    reward_learning_rate: float = 1e-5
-    """its peak learning rate"""
-    reward_dataset: str = ""
-    """pairs it is fit to; empty takes dataset_name"""
